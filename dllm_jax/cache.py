@@ -1,0 +1,50 @@
+"""The KV cache: static slots, left-aligned, one length per row; read while a block is denoised, appended once.
+
+Keys and values lie side by side in the last axis of one stacked array, so that a scan over the layers can
+close over it and pick a layer by its number without a copy, and a head size of 64 fills a TPU's 128 lanes.
+Slot i of a row holds the token at position i. Taking tokens back is a smaller length.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of each row's decided tokens."""
+
+    kv: jax.Array  # [Ly, B, K, S, 2 * H]
+    lengths: jax.Array  # int32[B]: valid slots of each row
+
+    @property
+    def slots(self) -> int:
+        return self.kv.shape[3]
+
+
+def allocate(
+    layers: int, batch: int, kv_heads: int, slots: int, head_dim: int, dtype="float32"
+) -> KVCache:
+    """An empty cache of `slots` positions a row."""
+    kv = jnp.zeros((layers, batch, kv_heads, slots, 2 * head_dim), dtype)
+    return KVCache(kv, jnp.zeros(batch, jnp.int32))
+
+
+def append(
+    cache: KVCache, kv: Float[Array, "Ly B K Q H2"], counts: Int[Array, "B"]
+) -> KVCache:
+    """Writes `Q` entries behind each row's valid slots and keeps the first `counts[b]` of them.
+
+    The entries past the count are written too and overwritten by the next append: a row's buffer needs
+    `Q` slots behind its length, and `lax.dynamic_update_slice` would shift a write that overruns it.
+    """
+    if kv.shape[3] > cache.slots:
+        raise ValueError(f"{kv.shape[3]} entries do not fit a cache of {cache.slots} slots")
+    packed, kv = cache.kv, kv.astype(cache.kv.dtype)
+    for row in range(kv.shape[1]):  # one in-place update a row; a vmap of it would copy the whole cache
+        start = (0, row, 0, cache.lengths[row], 0)
+        packed = jax.lax.dynamic_update_slice(packed, kv[:, row : row + 1], start)
+    return KVCache(packed, cache.lengths + counts.astype(jnp.int32))

@@ -1,0 +1,1 @@
+"""The decoding loops: jitted, on the device, over static buffers."""

@@ -1,0 +1,203 @@
+"""`generate` and `stream`: a prompt, a recipe, and one loop on the device.
+
+    prompt -> prefill (with the first masks riding on it) -> step, step, ... until every row has stopped
+
+Buffers are static and rounded up to buckets, so lengths, budgets, thresholds and temperatures within a
+bucket share one compiled program.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dllm_jax.cache import append
+from dllm_jax.decode import block, verify
+from dllm_jax.decode.state import RUNNING, DecodeState, Result, result
+from dllm_jax.nn.transformer import Transformer
+from dllm_jax.recipes import BlockDiffusion, Recipe, Verified
+from dllm_jax.typing import Key, Params
+from pallas_kernels import BlockMask
+
+BUCKET = 64
+
+
+class Prompt(NamedTuple):
+    """A ragged batch, padded on the right."""
+
+    tokens: jax.Array  # int32[B, P]
+    lengths: jax.Array  # int32[B]
+
+
+def pad(rows: Sequence[Sequence[int]], bucket: int = BUCKET) -> Prompt:
+    """Packs lists of ids into a `Prompt` whose width is a multiple of `bucket`.
+
+    Raises:
+      ValueError: there is no row, or an empty one.
+    """
+    if not rows or not all(len(row) for row in rows):
+        raise ValueError("a prompt needs at least one row, and each row at least one token")
+    width = -(-max(map(len, rows)) // bucket) * bucket
+    tokens = np.zeros((len(rows), width), np.int32)
+    for target, row in zip(tokens, rows, strict=True):
+        target[: len(row)] = row
+    return Prompt(jnp.asarray(tokens), jnp.asarray([len(row) for row in rows], jnp.int32))
+
+
+def generate(
+    model: Transformer,
+    params: Params,
+    prompt: Prompt | Sequence[Sequence[int]],
+    *,
+    recipe: Recipe,
+    max_new_tokens: int = 128,
+    key: Key | None = None,
+) -> Result:
+    """Answers a batch of prompts. One compiled loop; the host sees it again when every row has stopped.
+
+    Args:
+      model: what `load` returned; static.
+      params: its parameters, on any device or mesh.
+      prompt: rows of ids, or a padded `Prompt`. Rows may differ in length.
+      recipe: how to decode, one of `dllm_jax.recipes` or your own.
+      max_new_tokens: the most tokens an answer may have; a row stops earlier at an end-of-turn id.
+      key: None decodes greedily. A key (one for the batch, row r then uses `fold_in(key, r)`, or one for
+        each row) draws with the recipe's temperature, top-k and top-p.
+
+    Returns:
+      A `Result`: tokens, lengths, stop reasons, and the cost of each row. Each row's answer is the one
+      it would get alone.
+
+    Raises:
+      ValueError: the recipe asks for a temperature without a key, the model lacks what the recipe needs
+        (a mask id, shifted outputs), or the lengths do not fit the model.
+    """
+    prompt, keys, slots = _prepare(model, params, prompt, recipe, max_new_tokens, key)
+    state = _generate(model, params, prompt, recipe, jnp.int32(max_new_tokens), keys, slots=slots)
+    return result(state, max_new_tokens)
+
+
+def stream(
+    model: Transformer,
+    params: Params,
+    prompt: Prompt | Sequence[Sequence[int]],
+    *,
+    recipe: Recipe,
+    max_new_tokens: int = 128,
+    key: Key | None = None,
+) -> Iterator[DecodeState]:
+    """As `generate`, but yields the state after the prefill and after every step: to watch, or to debug.
+
+    `decode.state.result(state, max_new_tokens)` cuts the answers out of any of them.
+    """
+    prompt, keys, slots = _prepare(model, params, prompt, recipe, max_new_tokens, key)
+    state = _start(model, params, prompt, recipe, jnp.int32(max_new_tokens), keys, slots=slots)
+    yield state
+    while not bool(state.finished.all()):
+        state = _step(model, params, recipe, keys, state)
+        yield state
+
+
+def _prepare(model, params, prompt, recipe, max_new_tokens, key):
+    """Checks at the edge; the padded prompt, a key a row, and the slots of the buffers."""
+    config = model.config
+    if not isinstance(prompt, Prompt):
+        prompt = pad(prompt)
+    batch, width = prompt.tokens.shape
+    known = not isinstance(prompt.lengths, jax.core.Tracer)
+    if known and not bool(((prompt.lengths > 0) & (prompt.lengths <= width)).all()):
+        raise ValueError(f"prompt lengths must be between 1 and {width}, got {prompt.lengths}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    longest = int(prompt.lengths.max()) if known else width
+    if longest + max_new_tokens > config.max_length:
+        raise ValueError(
+            f"{longest} prompt tokens + max_new_tokens={max_new_tokens} exceed the model's "
+            f"{config.max_length}; ask for at most {config.max_length - longest}"
+        )
+    recipe.sampling.check()
+    hot = recipe.sampling.temperature
+    if key is None and (isinstance(hot, jax.Array) or hot > 0):
+        raise ValueError(f"temperature={hot} draws at random and needs a key, e.g. jax.random.key(0)")
+    needs_masks = not (isinstance(recipe, Verified) and recipe.width == 0)
+    if needs_masks and config.mask_id is None:
+        raise ValueError("this model has no mask token: load it with a diffusion adapter, or use recipes.ar()")
+    if config.alignment != "shifted" or config.attention != "causal":
+        raise ValueError(
+            f"these recipes read a causal, shifted model; this one is {config.attention}, {config.alignment}"
+        )
+    keys = key
+    if key is not None and key.ndim == 0:
+        keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(batch))
+    elif key is not None and key.shape != (batch,):
+        raise ValueError(f"{key.shape} keys for {batch} rows: give one key, or one for each row")
+    chunk = recipe.width + 1 if isinstance(recipe, Verified) else 2 * recipe.block_size
+    slots = width + -(-max_new_tokens // BUCKET) * BUCKET + chunk
+    return prompt, keys, slots
+
+
+def _part(recipe: Recipe):
+    """The room where the recipe's step lives."""
+    return {Verified: verify, BlockDiffusion: block}[type(recipe)]
+
+
+@partial(jax.jit, static_argnames=("model", "slots"))
+def _generate(model, params, prompt, recipe, budget, keys, *, slots) -> DecodeState:
+    state = _start(model, params, prompt, recipe, budget, keys, slots=slots)
+    return jax.lax.while_loop(
+        lambda s: ~s.finished.all(), partial(_step, model, params, recipe, keys), state
+    )
+
+
+@partial(jax.jit, static_argnames=("model",))
+def _step(model, params, recipe, keys, state) -> DecodeState:
+    return _part(recipe).step(model, params, recipe, keys, state)
+
+
+@partial(jax.jit, static_argnames=("model", "slots"))
+def _start(model, params, prompt: Prompt, recipe, budget, keys, *, slots) -> DecodeState:
+    """The prefill: the prompt into the cache, the first masks behind it, the first tokens out of both."""
+    config, part = model.config, _part(recipe)
+    batch, width = prompt.tokens.shape
+    masks = part.prefill_queries(recipe)
+    mask_id = -1 if config.mask_id is None else config.mask_id
+    positions = jnp.broadcast_to(jnp.arange(width), (batch, width))
+    entries, mask = prompt.tokens, BlockMask.causal(width)
+    if masks:
+        entries = jnp.concatenate([entries, jnp.full((batch, masks), mask_id, jnp.int32)], axis=1)
+        ahead = prompt.lengths[:, None] + jnp.arange(masks)
+        positions = jnp.concatenate([positions, ahead], axis=1)
+        mask = BlockMask.dual_stream(width, masks, stride=0, offset=width)
+    out = model.apply(
+        {"params": params}, entries, mask=mask, positions=positions, lengths=prompt.lengths,
+        canvas=masks > 0,
+    )  # fmt: skip
+    last = jnp.take_along_axis(out.hidden, prompt.lengths[:, None, None] - 1, axis=1)
+    tokens = jnp.full((batch, slots), config.pad_id, jnp.int32)
+    tokens = tokens.at[:, :width].set(prompt.tokens)
+    index = jnp.arange(slots)
+    ahead = prompt.lengths[:, None]
+    tokens = jnp.where(index >= ahead, config.pad_id, tokens)
+    if isinstance(recipe, BlockDiffusion):
+        tokens = jnp.where((index >= ahead) & (index < ahead + masks), mask_id, tokens)
+    sampled = config.vocab_size if keys is not None and isinstance(recipe, Verified) else 0
+    state = DecodeState(
+        tokens=tokens,
+        prompt=prompt.lengths,
+        written=prompt.lengths,
+        limit=prompt.lengths + budget,
+        start=prompt.lengths,
+        block_step=jnp.zeros(batch, jnp.int32),
+        drafts=jnp.zeros((batch, masks), jnp.int32),
+        draft_probs=jnp.zeros((batch, masks, sampled), jnp.float32),
+        cache=append(model.cache(batch, slots), out.kv[:, :, :, :width], prompt.lengths),
+        stop=jnp.full(batch, RUNNING, jnp.int32),
+        nfe=jnp.ones(batch, jnp.int32),
+        queries=jnp.full(batch, masks, jnp.int32),
+        mask_id=mask_id,
+        pad_id=config.pad_id,
+    )
+    return part.first_tokens(model, params, recipe, keys, state, last, out.hidden[:, width:])

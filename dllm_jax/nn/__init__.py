@@ -1,0 +1,1 @@
+"""Thin Linen modules: parameter names, shapes and the scan over layers."""

@@ -1,0 +1,66 @@
+"""Low-rank adapters that act on mask tokens only (LoRA, Hu et al. 2021; gated as in I-DLM's R-ISD).
+
+A projection x @ W becomes x @ W + gate * (x @ A) @ B / sqrt(rank) * alpha, where the gate is one at a mask
+token and zero elsewhere: tokens that are not masks are processed by the base weights alone, bit for bit.
+The mask token has an embedding of its own, so its id may lie outside the base model's vocabulary.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from dllm_jax.typing import Key, Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """Size and place of an adapter."""
+
+    rank: int
+    alpha: float = 1.0  # the low-rank product is scaled by alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023)
+    first_layer: int = 0  # layers before this one have none: their adapters are zeros
+
+    def __post_init__(self):
+        if self.rank < 1 or self.first_layer < 0:
+            raise ValueError(f"an adapter needs rank >= 1 and first_layer >= 0, got {self}")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank**0.5
+
+
+def low_rank(
+    x: jax.Array,  # [B, Q, I]
+    pair: Params | None,  # {"in": [I, R], "out": [R, ...]}
+    gate: jax.Array | None,  # bool[B, Q]
+    scale: float,
+) -> jax.Array | float:
+    """The adapter's share of a projection, zero where the gate is shut; 0.0 without an adapter."""
+    if pair is None or gate is None:
+        return 0.0
+    inner = jnp.einsum("bqi,ir->bqr", x, pair["in"].astype(x.dtype))
+    delta = jnp.einsum("bqr,r...->bq...", inner, pair["out"].astype(x.dtype)) * scale
+    return jnp.where(gate.reshape(gate.shape + (1,) * (delta.ndim - 2)), delta, 0)
+
+
+def init_adapter(key: Key, shapes: Params, config: AdapterConfig, params: Params) -> Params:
+    """A fresh adapter: `out` is zero (no effect yet), the mask embedding is the mean of the vocabulary's.
+
+    Args:
+      shapes: `param_shapes(config)["adapter"]`.
+      params: the base parameters, for the mean embedding.
+    """
+    leaves, tree = jax.tree.flatten_with_path(shapes)
+    keys = jax.random.split(key, len(leaves))
+    values = []
+    for leaf_key, (path, leaf) in zip(keys, leaves, strict=True):
+        if path[-1].key == "mask_embedding":
+            value = params["embed"].astype(jnp.float32).mean(axis=0)
+        elif path[-1].key == "in":
+            value = jax.random.normal(leaf_key, leaf.shape) / leaf.shape[1] ** 0.5
+            value = value.at[: config.first_layer].set(0.0)
+        else:
+            value = jnp.zeros(leaf.shape)
+        values.append(value.astype(leaf.dtype))
+    return jax.tree.unflatten(tree, values)

@@ -1,0 +1,330 @@
+"""One transformer for the Llama line: RMSNorm, RoPE, grouped heads, SwiGLU; Llama, Qwen2, Qwen3, LLaDA.
+
+`Transformer` is a Linen module that only names parameters. A forward pass takes tokens (and a cache of the
+prefix), returns the last hidden states and the tokens' own keys and values; who sees whom is a `BlockMask`.
+The layers are stacked on a leading axis and scanned.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from dllm_jax.cache import KVCache, allocate
+from dllm_jax.nn.adapters import AdapterConfig, low_rank
+from dllm_jax.ops.norm import rms_norm
+from dllm_jax.ops.rope import rope_angles, rotate
+from dllm_jax.typing import Params
+from pallas_kernels import BlockMask, block_attention
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """An architecture of the Llama line, and how its tokens are meant to be read."""
+
+    vocab_size: int
+    num_layers: int
+    dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_dim: int
+    max_length: int = 8192
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    tied_head: bool = False  # the output projection is the embedding, transposed
+    qkv_bias: bool = False  # Qwen2
+    qk_norm: bool = False  # Qwen3: RMSNorm on each head's query and key
+    attention: str = "causal"  # how clean tokens see each other: causal | bidirectional | block_causal
+    block_size: int = 1  # of block_causal attention
+    alignment: str = "shifted"  # the output at i predicts token i + 1 | same_position: token i
+    mask_id: int | None = None  # the token that stands where nothing is written yet
+    eos_ids: tuple[int, ...] = ()  # tokens that end an answer
+    pad_id: int = 0
+    dtype: str = "float32"  # activations
+    param_dtype: str = "float32"
+    remat: bool = False  # recompute each layer in the backward pass instead of storing it
+    adapter: AdapterConfig | None = None
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: RoPE turns planes")
+        if self.attention not in ("causal", "bidirectional", "block_causal"):
+            raise ValueError(f"attention={self.attention!r} is not causal, bidirectional or block_causal")
+        if self.alignment not in ("shifted", "same_position"):
+            raise ValueError(f"alignment={self.alignment!r} is neither shifted nor same_position")
+        if self.adapter and self.adapter.first_layer >= self.num_layers:
+            raise ValueError(f"first_layer={self.adapter.first_layer} leaves no layer for the adapter")
+
+    def mask(self, length: int) -> BlockMask:
+        """The mask spec of `length` clean tokens of this architecture."""
+        block = {"causal": 1, "bidirectional": max(length, 1), "block_causal": self.block_size}
+        return BlockMask.block_causal(length, block[self.attention])
+
+
+class Output(NamedTuple):
+    """What a forward pass returns."""
+
+    hidden: jax.Array  # [B, Q, D], after the final norm
+    kv: jax.Array  # [Ly, B, K, Q, 2 * H]: the entries' own keys and values, ready for `cache.append`
+
+
+class Transformer(nn.Module):
+    """The model. Pure: `model.apply({"params": params}, tokens, ...)`; equal configs are equal modules."""
+
+    config: TransformerConfig
+
+    def setup(self):
+        shapes = param_shapes(self.config)
+        self.tree = {name: self.param(name, _init, sub) for name, sub in shapes.items()}
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B Q"],
+        *,
+        mask: BlockMask | None = None,
+        positions: Int[Array, "B Q"] | None = None,
+        cache: KVCache | None = None,
+        cache_end: Int[Array, "B"] | Int[Array, "B Q"] | None = None,
+        lengths: Int[Array, "B"] | None = None,
+        canvas: bool = True,
+        frozen_layers: int = 0,
+    ) -> Output:
+        """One forward pass over `Q` entries a row.
+
+        Args:
+          tokens: ids; `config.mask_id` where nothing is written.
+          mask: how the entries see each other; the architecture's own over all of them by default.
+          positions: rotary positions; by default they follow the cache, or start at 0.
+          cache: the prefix, read only. `cache_end` defaults to its lengths.
+          lengths: valid clean entries of a row; later ones are padding that no one sees.
+          canvas: False says that no entry is a mask token, and skips the adapter.
+          frozen_layers: layers below are not differentiated (their backward pass is not run).
+        """
+        config, tree = self.config, self.tree
+        if mask is None:
+            mask = config.mask(tokens.shape[1])
+        if cache is not None and cache_end is None:
+            cache_end = cache.lengths
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+            if cache is not None:
+                positions = positions + cache.lengths[:, None]
+        gate = None
+        if canvas and config.mask_id is not None:
+            gate = tokens == config.mask_id
+        context = _Context(
+            config, mask, rope_angles(positions, config.head_dim, config.rope_theta), gate,
+            cache, cache_end, lengths,
+        )  # fmt: skip
+        hidden = embed(tree, config, tokens, gate)
+        layers = {"base": tree["layers"]}
+        if gate is not None and config.adapter:
+            layers["adapter"] = {k: v for k, v in tree["adapter"].items() if k != "mask_embedding"}
+        hidden, kv = _scan(context, layers, hidden, 0, frozen_layers)
+        if frozen_layers:
+            hidden = jax.lax.stop_gradient(hidden)
+            hidden, upper = _scan(context, layers, hidden, frozen_layers, config.num_layers)
+            kv = jnp.concatenate([jax.lax.stop_gradient(kv), upper])
+        return Output(rms_norm(hidden, tree["final_norm"], config.norm_eps), kv)
+
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """The vocabulary's scores, float32, for the hidden states that are wanted, and only those."""
+        if self.config.tied_head:
+            table, contract = self.tree["embed"], "...d,vd->...v"
+        else:
+            table, contract = self.tree["head"], "...d,dv->...v"
+        return jnp.einsum(
+            contract, hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32
+        )
+
+    def cache(self, batch: int, slots: int) -> KVCache:
+        """An empty cache for this architecture."""
+        c = self.config
+        return allocate(c.num_layers, batch, c.num_kv_heads, slots, c.head_dim, c.dtype)
+
+
+def embed(
+    tree: Params, config: TransformerConfig, tokens: Int[Array, "B Q"], gate: Bool[Array, "B Q"] | None
+) -> Float[Array, "B Q D"]:
+    """Token embeddings; a mask token's is the adapter's, where there is an adapter."""
+    hidden = jnp.take(tree["embed"], tokens, axis=0, mode="clip").astype(config.dtype)
+    if gate is not None and config.adapter:
+        own = tree["adapter"]["mask_embedding"].astype(config.dtype)
+        hidden = jnp.where(gate[..., None], own, hidden)
+    return hidden
+
+
+class _Context(NamedTuple):
+    """What every layer of a pass shares."""
+
+    config: TransformerConfig
+    mask: BlockMask
+    angles: tuple[jax.Array, jax.Array]
+    gate: jax.Array | None
+    cache: KVCache | None
+    cache_end: jax.Array | None
+    lengths: jax.Array | None
+
+
+def _scan(context: _Context, layers: Params, hidden: jax.Array, first: int, last: int):
+    """Layers first..last (all when last is 0): the hidden states, and each layer's keys and values."""
+    if (first, last) != (0, 0):
+        layers = jax.tree.map(lambda x: x[first:last], layers)
+
+    def body(hidden, xs):
+        number, layer = xs
+        return _layer(context, number, layer["base"], layer.get("adapter", {}), hidden)
+
+    if context.config.remat:
+        body = jax.checkpoint(body, prevent_cse=False)
+    numbers = first + jnp.arange(jax.tree.leaves(layers)[0].shape[0])
+    return jax.lax.scan(body, hidden, (numbers, layers))
+
+
+def _layer(context: _Context, number, base: Params, adapter: Params, hidden: jax.Array):
+    config, gate = context.config, context.gate
+    scale = config.adapter.scale if config.adapter else 0.0
+
+    def project(x, weight, name, contract):
+        y = jnp.einsum(contract, x, weight.astype(x.dtype))
+        return y + low_rank(x, adapter.get(name), gate, scale)
+
+    p = base["attention"]
+    x = rms_norm(hidden, p["norm"], config.norm_eps)
+    q, k, v = (project(x, p[name], name, "bqd,dnh->bqnh") for name in ("q", "k", "v"))
+    if config.qkv_bias:
+        q, k, v = (y + p[f"{n}_bias"].astype(y.dtype) for y, n in ((q, "q"), (k, "k"), (v, "v")))
+    if config.qk_norm:
+        q, k = (rms_norm(y, p[f"{n}_norm"], config.norm_eps) for y, n in ((q, "q"), (k, "k")))
+    q, k = rotate(q, *context.angles), rotate(k, *context.angles)
+    cached = None
+    if context.cache is not None:
+        cached = jax.lax.dynamic_index_in_dim(context.cache.kv, number, keepdims=False)
+        cached = cached.astype(q.dtype)
+    mixed = block_attention(
+        q, k, v, context.mask, cache=cached, cache_end=context.cache_end, lengths=context.lengths
+    )
+    mixed = mixed.reshape(*mixed.shape[:2], -1)
+    hidden = hidden + project(mixed, p["o"].reshape(-1, config.dim), "o", "bqi,id->bqd")
+    p = base["mlp"]
+    x = rms_norm(hidden, p["norm"], config.norm_eps)
+    gated = nn.silu(project(x, p["gate"], "gate", "bqd,df->bqf"))
+    gated = gated * project(x, p["up"], "up", "bqd,df->bqf")
+    hidden = hidden + project(gated, p["down"], "down", "bqf,fd->bqd")
+    kv = jnp.concatenate([k, v], axis=-1)  # [B, Q, K, 2 * H]
+    return hidden, jnp.moveaxis(kv, 1, 2)
+
+
+def param_shapes(config: TransformerConfig) -> Params:
+    """The parameter tree as `jax.ShapeDtypeStruct`s."""
+    return jax.tree.map(
+        lambda entry: jax.ShapeDtypeStruct(entry.shape, config.param_dtype),
+        _tree(config),
+        is_leaf=lambda x: isinstance(x, _Entry),
+    )
+
+
+def param_axes(config: TransformerConfig) -> Params:
+    """The parameter tree as tuples of logical axis names, for `sharding.shardings`."""
+    return jax.tree.map(lambda entry: entry.axes, _tree(config), is_leaf=lambda x: isinstance(x, _Entry))
+
+
+class _Entry(NamedTuple):
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+
+
+def _tree(c: TransformerConfig) -> Params:
+    sizes = {
+        "layers": c.num_layers, "embed": c.dim, "heads": c.num_heads, "kv_heads": c.num_kv_heads,
+        "head_dim": c.head_dim, "ffn": c.ffn_dim, "vocab": c.vocab_size,
+    }  # fmt: skip
+
+    def entry(*axes):
+        return _Entry(tuple(sizes[axis] for axis in axes), axes)
+
+    attention = {
+        "norm": entry("layers", "embed"),
+        "q": entry("layers", "embed", "heads", "head_dim"),
+        "k": entry("layers", "embed", "kv_heads", "head_dim"),
+        "v": entry("layers", "embed", "kv_heads", "head_dim"),
+        "o": entry("layers", "heads", "head_dim", "embed"),
+    }
+    if c.qkv_bias:
+        attention["q_bias"] = entry("layers", "heads", "head_dim")
+        attention["k_bias"] = attention["v_bias"] = entry("layers", "kv_heads", "head_dim")
+    if c.qk_norm:
+        attention["q_norm"] = attention["k_norm"] = entry("layers", "head_dim")
+    mlp = {
+        "norm": entry("layers", "embed"),
+        "gate": entry("layers", "embed", "ffn"),
+        "up": entry("layers", "embed", "ffn"),
+        "down": entry("layers", "ffn", "embed"),
+    }
+    tree = {
+        "embed": entry("vocab", "embed"),
+        "layers": {"attention": attention, "mlp": mlp},
+        "final_norm": entry("embed"),
+    }
+    if not c.tied_head:
+        tree["head"] = entry("embed", "vocab")
+    if c.adapter:
+        tree["adapter"] = _adapter_tree(c, entry)
+    return tree
+
+
+def _adapter_tree(c: TransformerConfig, entry) -> Params:
+    def pair(inputs: tuple[str, ...], outputs: tuple[str, ...]):
+        wide = entry(*inputs)
+        flat = 1
+        for size in wide.shape:
+            flat *= size
+        narrow = entry(*outputs)
+        axis = inputs[0] if len(inputs) == 1 else None
+        return {
+            "in": _Entry((c.num_layers, flat, c.adapter.rank), ("layers", axis, None)),
+            "out": _Entry(
+                (c.num_layers, c.adapter.rank, *narrow.shape), ("layers", None, *narrow.axes)
+            ),
+        }
+
+    return {
+        "mask_embedding": entry("embed"),
+        "q": pair(("embed",), ("heads", "head_dim")),
+        "k": pair(("embed",), ("kv_heads", "head_dim")),
+        "v": pair(("embed",), ("kv_heads", "head_dim")),
+        "o": pair(("heads", "head_dim"), ("embed",)),
+        "gate": pair(("embed",), ("ffn",)),
+        "up": pair(("embed",), ("ffn",)),
+        "down": pair(("ffn",), ("embed",)),
+    }
+
+
+def _init(key: jax.Array, shapes: Params) -> Params:
+    """Norms are ones, biases zeros, matrices normal with variance 1 / fan-in (0.02 for the embedding)."""
+    if isinstance(shapes, jax.ShapeDtypeStruct):
+        return _init_leaf(key, "", shapes)
+    leaves, tree = jax.tree.flatten_with_path(shapes)
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(
+        tree, [_init_leaf(k, path[-1].key, s) for k, (path, s) in zip(keys, leaves, strict=True)]
+    )
+
+
+def _init_leaf(key, name, shape):
+    if len(shape.shape) == 1 or "norm" in name:
+        return jnp.ones(shape.shape, shape.dtype)
+    if "bias" in name or name == "out":
+        return jnp.zeros(shape.shape, shape.dtype)
+    if not name:  # embed [V, D], head [D, V]
+        return (0.02 * jax.random.normal(key, shape.shape)).astype(shape.dtype)
+    fan_in = shape.shape[1] * (shape.shape[2] if name == "o" else 1)
+    return (jax.random.normal(key, shape.shape) / fan_in**0.5).astype(shape.dtype)

@@ -1,0 +1,84 @@
+"""From scores to tokens: filters, probabilities, and samples that depend on (key, position) alone."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dllm_jax.typing import Key
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn. All numbers are traced: changing one does not compile again."""
+
+    temperature: float | jax.Array = 0.0  # 0: the most probable token
+    top_k: int | jax.Array = 0  # keep the k most probable tokens; 0: all
+    top_p: float | jax.Array = 1.0  # then the smallest set with this much probability; 1: all
+
+    def check(self) -> None:
+        """Raises ValueError on a value outside its range (outside jit, where values are known)."""
+        if not all(isinstance(x, int | float) for x in (self.temperature, self.top_k, self.top_p)):
+            return
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or positive")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must be 0 (off) or positive")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be in (0, 1]")
+
+
+def probabilities(logits: Float[Array, "*B V"], sampling: Sampling) -> Float[Array, "*B V"]:
+    """The distribution that a sampler draws from: temperature, then top-k, then top-p; float32.
+
+    Temperature 0 gives all mass to the first of the largest scores.
+    """
+    greedy = jax.nn.one_hot(logits.argmax(axis=-1), logits.shape[-1], dtype=jnp.float32)
+    cold = jnp.asarray(sampling.temperature) <= 0
+    scaled = logits / jnp.where(cold, 1.0, sampling.temperature)
+    filtered = (jnp.asarray(sampling.top_k) > 0) | (jnp.asarray(sampling.top_p) < 1)
+    scaled = jax.lax.cond(filtered & ~cold, lambda x: _filter(x, sampling), lambda x: x, scaled)
+    return jnp.where(cold, greedy, jax.nn.softmax(scaled, axis=-1))
+
+
+def _filter(logits, sampling: Sampling):
+    """Sends the scores outside top-k and top-p to minus infinity; equal scores stay together."""
+    ranked = jnp.sort(logits, axis=-1, descending=True)
+    vocab = logits.shape[-1]
+    k = jnp.where(jnp.asarray(sampling.top_k) > 0, sampling.top_k, vocab)
+    kth = jnp.take_along_axis(
+        ranked, jnp.broadcast_to(jnp.minimum(k, vocab) - 1, (*ranked.shape[:-1], 1)), axis=-1
+    )
+    share = jax.nn.softmax(jnp.where(ranked >= kth, ranked, -jnp.inf), axis=-1)
+    before = jnp.cumsum(share, axis=-1) - share  # probability of the tokens ranked higher
+    kept = (before < sampling.top_p) & (ranked >= kth)
+    floor = jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= floor, logits, -jnp.inf)
+
+
+def draw(
+    keys: Key, positions: Int[Array, "B Q"], stream: int, probs: Float[Array, "B Q V"]
+) -> Int[Array, "B Q"]:
+    """One token for each row and position, by the Gumbel-max trick.
+
+    The noise is a function of (the row's key, position, stream) only: padding, neighbours and the number
+    of positions drawn at once do not change it.
+    """
+
+    def one(key, p):
+        noise = jax.random.gumbel(key, p.shape, jnp.float32)
+        return jnp.argmax(jnp.log(p) + noise, axis=-1).astype(jnp.int32)
+
+    return jax.vmap(jax.vmap(one))(_at(keys, positions, stream), probs)
+
+
+def uniform(keys: Key, positions: Int[Array, "B Q"], stream: int) -> Float[Array, "B Q"]:
+    """One number in [0, 1) for each row and position, keyed as in `draw`."""
+    return jax.vmap(jax.vmap(jax.random.uniform))(_at(keys, positions, stream))
+
+
+def _at(keys: Key, positions, stream: int):
+    fold = lambda key, p: jax.random.fold_in(jax.random.fold_in(key, p), stream)  # noqa: E731
+    return jax.vmap(jax.vmap(fold, (None, 0)))(keys, positions)

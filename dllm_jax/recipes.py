@@ -1,0 +1,73 @@
+"""Named ways to decode, as data: a recipe is a pytree whose numbers are traced and whose widths are static."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from dllm_jax.ops.sampling import Sampling
+from dllm_jax.policies.commit import ConfidenceThreshold
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verified:
+    """Tokens of the causal mode, exactly; with `width` > 0, drafted by the diffusion mode and verified.
+
+    Each forward pass holds the last token, `width` drafts, and `width` masks behind every outcome of
+    their verification, (width + 1) ** 2 entries in all, so drafting and checking share one pass.
+    """
+
+    width: int = dataclasses.field(default=0, metadata={"static": True})
+    sampling: Sampling = Sampling()
+
+    def __post_init__(self):
+        if isinstance(self.width, int) and self.width < 0:
+            raise ValueError(f"width={self.width} must be 0 (no drafts) or positive")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockDiffusion:
+    """Denoises a block of `block_size` positions, then caches it exactly and goes on to the next.
+
+    The pass that caches a finished block is also the first denoising step of the next one.
+    """
+
+    block_size: int = dataclasses.field(default=8, metadata={"static": True})
+    commit: Any = ConfidenceThreshold()  # anything with `commit(view) -> bool[B, T]`
+    sampling: Sampling = Sampling()
+
+    def __post_init__(self):
+        if isinstance(self.block_size, int) and self.block_size < 1:
+            raise ValueError(f"block_size={self.block_size} must be at least 1")
+
+
+Recipe = Verified | BlockDiffusion
+
+
+def ar(*, temperature=0.0, top_k=0, top_p=1.0) -> Verified:
+    """Autoregressive: one token a forward pass."""
+    return Verified(sampling=Sampling(temperature, top_k, top_p))
+
+
+def self_speculative(*, width: int = 4, temperature=0.0, top_k=0, top_p=1.0) -> Verified:
+    """The tokens of `ar`, several a forward pass: drafted by the diffusion mode, checked by the causal one.
+
+    Greedy: the same tokens as `ar`. With a temperature: the same distribution, by acceptance and residual
+    resampling (Leviathan et al. 2023; drafts behind every outcome: TiDAR, 2511.08923).
+    """
+    if width < 1:
+        raise ValueError(f"width={width} must be at least 1; recipes.ar() drafts nothing")
+    return Verified(width=width, sampling=Sampling(temperature, top_k, top_p))
+
+
+def block_diffusion(
+    *, block_size: int = 8, threshold=0.9, temperature=0.0, top_k=0, top_p=1.0
+) -> BlockDiffusion:
+    """Block diffusion with a confidence threshold and an exact prefix cache."""
+    return BlockDiffusion(
+        block_size=block_size,
+        commit=ConfidenceThreshold(threshold),
+        sampling=Sampling(temperature, top_k, top_p),
+    )

@@ -1,0 +1,6 @@
+"""Attention for block diffusion, usable without `dllm_jax`: a mask that is a spec, and attention under it."""
+
+from pallas_kernels.block_attention.api import block_attention
+from pallas_kernels.masks import BlockMask
+
+__all__ = ["BlockMask", "block_attention"]

@@ -1,0 +1,47 @@
+"""Block attention: a few queries against a long cache and against each other."""
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.block_attention import reference
+from pallas_kernels.masks import BlockMask
+
+
+def block_attention(
+    q: Float[Array, "B Q N H"],
+    k: Float[Array, "B Q K H"],
+    v: Float[Array, "B Q K H"],
+    mask: BlockMask,
+    *,
+    cache: Float[Array, "B K S H2"] | None = None,
+    cache_end: Int[Array, "B"] | Int[Array, "B Q"] | None = None,
+    lengths: Int[Array, "B"] | None = None,
+) -> Float[Array, "B Q N H"]:
+    """Attention of Q entries over a cached prefix and over themselves under `mask`, grouped heads.
+
+    Args:
+      q, k, v: the entries' own queries, keys and values; `N` a multiple of `K`. Keys carry their
+        rotary positions already. The scale is 1 / sqrt(H).
+      mask: how the entries see each other (`BlockMask`); entry order is clean first, then noisy groups.
+      cache: keys and values of the prefix, packed side by side in the last axis (`H2 = 2 * H`).
+      cache_end: valid slots of each row, or of each query; slots past it are neither read nor trusted.
+      lengths: valid clean entries of each row (right padding is not attended to). All by default.
+
+    Returns:
+      `[B, Q, N, H]` in the dtype of `q`; softmax in float32. A query that sees nothing gets zeros.
+
+    Raises:
+      ValueError: the entries do not fit the mask, or `cache` comes without `cache_end`.
+    """
+    entries = q.shape[1]
+    noisy = entries - mask.clean
+    if noisy < 0 or (noisy and (not mask.block or noisy % mask.block)):
+        raise ValueError(f"{entries} entries do not fit {mask}: clean ones, then whole groups of `block`")
+    if (cache is None) != (cache_end is None):
+        raise ValueError("`cache` and `cache_end` come together")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} kv heads")
+    with jax.named_scope("block_attention"):
+        return reference.block_attention(
+            q, k, v, mask, cache=cache, cache_end=cache_end, lengths=lengths
+        )

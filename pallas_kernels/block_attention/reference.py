@@ -1,0 +1,86 @@
+"""Block attention in plain JAX: the definition, and the implementation wherever XLA runs.
+
+The two-part form: keys of the clean stream with an end per query, and the noisy groups' own small
+squares, merged in one softmax. The empty quadrant (clean queries, noisy keys; other groups) is never
+computed, so G groups of T cost G * T * T, not (G * T) ** 2.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.masks import BlockMask
+
+_NEG = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+
+class _Read(NamedTuple):
+    """Keys and values that a range of queries reads."""
+
+    keys: jax.Array  # [B, K, S, H]
+    values: jax.Array  # [B, K, S, H]
+    visible: jax.Array  # bool[B or 1, Q, S]
+
+
+def block_attention(q, k, v, mask: BlockMask, *, cache=None, cache_end=None, lengths=None):
+    """See `pallas_kernels.block_attention`."""
+    batch, entries, heads, size = q.shape
+    kv_heads, clean = k.shape[2], mask.clean
+    q = q.reshape(batch, entries, kv_heads, heads // kv_heads, size) * size**-0.5
+    k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)  # [B, K, Q, H], as the cache has them
+
+    def reads(lo: int, hi: int) -> list[_Read]:
+        found = []
+        if cache is not None:
+            end = jnp.broadcast_to(cache_end.reshape(batch, -1), (batch, entries))[:, lo:hi, None]
+            visible = jnp.arange(cache.shape[2]) < end
+            # A slot nobody reads may hold anything, and 0 * NaN is NaN: clear its values.
+            values = jnp.where(visible.any(axis=1)[:, None, :, None], cache[..., size:], 0)
+            found.append(_Read(cache[..., :size], values, visible))
+        if clean:
+            slots = jnp.arange(clean)
+            visible = (slots < mask.clean_end(jnp.arange(lo, hi))[:, None])[None]
+            if lengths is not None:
+                visible = visible & (slots < lengths[:, None, None])
+            found.append(_Read(k[:, :, :clean], v[:, :, :clean], visible))
+        return found
+
+    parts = []
+    if clean:
+        parts.append(_attend(q[:, :clean], reads(0, clean)))
+    if entries > clean:
+        own = (k[:, :, clean:], v[:, :, clean:], mask.block)
+        parts.append(_attend(q[:, clean:], reads(clean, entries), own))
+    return jnp.concatenate(parts, axis=1).reshape(batch, entries, heads, size).astype(q.dtype)
+
+
+def _attend(q, reads: list[_Read], own=None) -> jax.Array:
+    """One softmax over several sets of keys, float32[B, Q, K, G, H].
+
+    `own` = (keys, values, block): each group of `block` queries also reads itself.
+    """
+    batch, entries, kv_heads, group, size = q.shape
+    f32 = dict(preferred_element_type=jnp.float32)
+    scores = [
+        jnp.where(r.visible[:, None, None], jnp.einsum("bqkgh,bksh->bkgqs", q, r.keys, **f32), _NEG)
+        for r in reads
+    ]
+    if own is not None:
+        keys, values, block = own
+        split = lambda x: x.reshape(batch, kv_heads, entries // block, block, size)  # noqa: E731
+        folded = q.reshape(batch, entries // block, block, kv_heads, group, size)
+        local = jnp.einsum("bntkgh,bknsh->bkgnts", folded, split(keys), **f32)
+        scores.append(local.reshape(batch, kv_heads, group, entries, block))
+    top = jnp.max(jnp.stack([s.max(axis=-1) for s in scores]), axis=0)[..., None]
+    top = jax.lax.stop_gradient(top)
+    weights = [jnp.where(s > _NEG, jnp.exp(s - top), 0.0) for s in scores]
+    total = jnp.moveaxis(sum(w.sum(axis=-1) for w in weights), -1, 1)[..., None]  # [B, Q, K, G, 1]
+    out = jnp.zeros(q.shape, jnp.float32)
+    for r, w in zip(reads, weights, strict=False):
+        out += jnp.einsum("bkgqs,bksh->bqkgh", w.astype(r.values.dtype), r.values, **f32)
+    if own is not None:
+        w = weights[-1].reshape(*weights[-1].shape[:3], entries // block, block, block)
+        mixed = jnp.einsum("bkgnts,bknsh->bntkgh", w.astype(values.dtype), split(values), **f32)
+        out += mixed.reshape(out.shape)
+    return out / jnp.where(total > 0, total, 1.0)

@@ -1,0 +1,39 @@
+"""Every test sees eight CPU devices, repeatable examples, and the goldens if there are any."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Before any backend starts. The devices are virtual: a test process has no more cores than before.
+jax.config.update("jax_num_cpu_devices", 8)
+
+# The first example compiles, so there is no deadline.
+settings.register_profile(
+    "house",
+    deadline=None,
+    derandomize=bool(os.environ.get("CI")),
+    max_examples=25,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("house")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for device in ("gpu", "tpu"):
+        if item.get_closest_marker(device) and jax.default_backend() != device:
+            pytest.skip(f"needs a {device.upper()}; JAX runs on {jax.default_backend()}")
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Path:
+    """The folder of what the published code answered on tiny weights, one folder a family."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "goldens"
+    folder = Path(os.environ.get("DLLM_JAX_GOLDENS", beside))
+    if not folder.is_dir():
+        pytest.skip(f"no goldens at {folder}; set DLLM_JAX_GOLDENS to their folder")
+    return folder
