@@ -9,11 +9,14 @@ import hashlib
 import importlib.util
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import gguf
 from etils import epath
+
+T = TypeVar("T")
 
 FORMAT = "dllm_jax"
 """What `format` says in the config.json of a folder of ours."""
@@ -45,6 +48,10 @@ class Source:
     kind: str  # "gguf": one file | "published": a folder of its authors | "orbax": one of ours
     path: epath.Path
     name: str | None = None  # its key in NAMED, for a named model
+
+
+class Damaged(ValueError):
+    """A file of ours that cannot be used as it is; where it is a cached copy, it is made anew."""
 
 
 def resolve(source: str | os.PathLike[str]) -> Source:
@@ -121,6 +128,27 @@ def read_json(file: epath.Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a {type(content).__name__}, not a JSON object")
     return content
+
+
+def check_format(facts: Mapping[str, Any], kind: str, file: epath.Path) -> None:
+    """Raises `Damaged` unless a file of ours is of this kind and version."""
+    if facts.get("format") != kind:
+        raise Damaged(f"{file} has format {facts.get('format')!r}, not {kind!r}")
+    if facts.get("version") != VERSION:
+        raise Damaged(
+            f"{file} has format version {facts.get('version')!r}; this dllm_jax reads version"
+            f" {VERSION}: upgrade dllm_jax, or convert the model again"
+        )
+
+
+def build(kind: type[T], fields: Mapping[str, Any], file: epath.Path) -> T:
+    """A config dataclass from the fields in a file of ours; `Damaged` where they do not fit."""
+    try:
+        return kind(**fields)
+    except TypeError as error:
+        raise Damaged(
+            f"{file} does not fit this dllm_jax ({error}): upgrade it, or convert the model again"
+        ) from error
 
 
 def published_eos(folder: epath.Path) -> tuple[int, ...]:

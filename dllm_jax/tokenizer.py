@@ -19,8 +19,10 @@ import gguf
 import jinja2
 import jinja2.ext
 import jinja2.sandbox
+import numpy as np
 import tokenizers
 from etils import epath
+from jaxtyping import Array, Integer
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from dllm_jax import sources
@@ -32,8 +34,8 @@ _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 class Tokenizer:
     """Text to ids and back. Immutable; make one with `Tokenizer.load`."""
 
-    backend: tokenizers.Tokenizer
-    template: str | None  # jinja2 source that lays out a chat; None for a base model
+    backend: tokenizers.Tokenizer = dataclasses.field(repr=False)
+    template: str | None = dataclasses.field(repr=False)  # jinja2 of a chat; None for a base model
     special: Mapping[str, str]  # "bos_token" and its kin, as the template may name them
     eos_ids: tuple[int, ...]  # ids that end an answer
     pad_id: int
@@ -68,11 +70,15 @@ class Tokenizer:
         Args:
           special: True reads "<|im_end|>" and its like as the tokens they name, and adds the start
             token of models that have one. False takes the text literally: for text from strangers.
+
+        A byte that the vocabulary lacks is left out (SmolLM2 lacks some control characters).
         """
         backend = self.backend if special else self._literal
         return backend.encode(text, add_special_tokens=special).ids
 
-    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+    def decode(
+        self, ids: Iterable[int] | Integer[Array | np.ndarray, " L"], skip_special: bool = True
+    ) -> str:
         """Text of any run of ids, cut anywhere: half a UTF-8 character shows as U+FFFD.
 
         Ids outside the vocabulary (a mask token of our own) have no text.
@@ -130,7 +136,7 @@ class Tokenizer:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja, which `load` reads."""
+        """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja for `load`."""
         path = epath.Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         settings = {**self.special, "eos_ids": list(self.eos_ids), "pad_id": self.pad_id}
@@ -297,7 +303,10 @@ def _compile(template: str) -> jinja2.Template:
     def to_json(value: Any, **options: Any) -> str:
         return json.dumps(value, ensure_ascii=False, **options)
 
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda layout: datetime.datetime.now().strftime(layout)
+    def now(layout: str) -> str:
+        return datetime.datetime.now().strftime(layout)
+
+    names: dict[str, Any] = environment.globals
+    names.update(raise_exception=refuse, strftime_now=now)
     environment.filters["tojson"] = to_json
     return environment.from_string(template)

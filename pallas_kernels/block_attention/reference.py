@@ -62,10 +62,10 @@ def _attend(q, reads: list[_Read], own=None) -> jax.Array:
     """
     batch, entries, kv_heads, group, size = q.shape
     f32 = dict(preferred_element_type=jnp.float32)
-    scores = [
-        jnp.where(r.visible[:, None, None], jnp.einsum("bqkgh,bksh->bkgqs", q, r.keys, **f32), _NEG)
-        for r in reads
-    ]
+    scores = []
+    for r in reads:
+        s = jnp.einsum("bqkgh,bksh->bkgqs", q, r.keys, **f32)
+        scores.append(jnp.where(r.visible[:, None, None], s, _NEG))
     if own is not None:
         keys, values, block = own
         split = lambda x: x.reshape(batch, kv_heads, entries // block, block, size)  # noqa: E731

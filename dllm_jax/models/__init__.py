@@ -1,0 +1,1 @@
+"""Architectures as data: a config and a name map for each family."""
