@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+_UNROLL = 64  # rows; a loop over more of them compiles faster than so many updates
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +45,13 @@ def append(
     """
     if kv.shape[3] > cache.slots:
         raise ValueError(f"{kv.shape[3]} entries do not fit a cache of {cache.slots} slots")
-    packed, kv = cache.kv, kv.astype(cache.kv.dtype)
-    for row in range(kv.shape[1]):  # one in-place update a row; a vmap of it would copy the whole cache
-        start = (0, row, 0, cache.lengths[row], 0)
-        packed = jax.lax.dynamic_update_slice(packed, kv[:, row : row + 1], start)
+    kv = kv.astype(cache.kv.dtype)
+
+    def write(row, packed):
+        own = jax.lax.dynamic_slice_in_dim(kv, row, 1, axis=1)
+        return jax.lax.dynamic_update_slice(packed, own, (0, row, 0, cache.lengths[row], 0))
+
+    # One in-place update a row; a vmap of it would be a scatter that copies the whole cache.
+    rows = kv.shape[1]
+    packed = jax.lax.fori_loop(0, rows, write, cache.kv, unroll=rows <= _UNROLL)
     return KVCache(packed, cache.lengths + counts.astype(jnp.int32))

@@ -51,7 +51,7 @@ class Source:
 
 
 class Damaged(ValueError):
-    """A file of ours that cannot be used as it is; where it is a cached copy, it is made anew."""
+    """A file that cannot be used as it is; where it is a cached copy, it is made anew."""
 
 
 def resolve(source: str | os.PathLike[str]) -> Source:
@@ -124,9 +124,9 @@ def read_json(file: epath.Path) -> dict[str, Any]:
             f"{file.parent} has no {file.name}; the folder is incomplete: copy or download it again"
         ) from None
     except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); copy or download it again") from None
+        raise Damaged(f"{file} is not valid JSON ({error}); copy or download it again") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}, not a JSON object")
+        raise Damaged(f"{file} holds a {type(content).__name__}, not a JSON object")
     return content
 
 
@@ -145,7 +145,7 @@ def build(kind: type[T], fields: Mapping[str, Any], file: epath.Path) -> T:
     """A config dataclass from the fields in a file of ours; `Damaged` where they do not fit."""
     try:
         return kind(**fields)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise Damaged(
             f"{file} does not fit this dllm_jax ({error}): upgrade it, or convert the model again"
         ) from error

@@ -2,8 +2,8 @@
 
     Frame (host copies of a decoding state)  ->  segments (text and its kind)  ->  a view
 
-Three views with one face, `show(frame)` and `close()`: `LiveView` redraws a terminal, `LineView` prints
-a line a step, `TextView` prints text once it is final.
+Three views with one face, `show(frame)` and `close()`: `LiveView` redraws a terminal, `LineView`
+prints a line a step, `TextView` prints text once it is final.
 """
 
 import re
@@ -22,8 +22,8 @@ Decode = Callable[[Sequence[int]], str]
 
 _SHADE = " ░░░"  # a masked position: about the size of a word
 _STYLE = {"text": "", "new": "bold green", "mask": "dim", "draft": "dim italic"}
-_PLAIN = {"text": "{}", "new": "[{}]", "mask": "{}", "draft": "({})"}
-_HALF = "\N{REPLACEMENT CHARACTER}"  # half of a character, whose other half comes with the next token
+_PLAIN = {"text": "{}{}", "new": "{}[{}]", "mask": "{}{}", "draft": "{}({})"}
+_HALF = "\N{REPLACEMENT CHARACTER}"  # half of a character: the rest comes with the next token
 
 
 class Frame(NamedTuple):
@@ -88,7 +88,7 @@ def segments(decode: Decode, frame: Frame, row: int, before: Frame | None) -> li
 
 
 def _cut(decode: Decode, ids: list[int], kinds: list[Kind]) -> list[Segment]:
-    """A run without masks as segments: decoded from its start, as a character may span two tokens."""
+    """A run without masks as segments, decoded from its start: a character may span two tokens."""
     found: list[Segment] = []
     shown = 0
     for end in range(1, len(ids) + 1):
@@ -104,10 +104,11 @@ def clean(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text.replace("\r\n", "\n"))
 
 
-class _View:
+class View:
     """A context manager that closes itself."""
 
-    keeps = False  # whether the answer stays on the screen, so that nobody need print it again
+    keeps = False  # whether the answer stays where it was shown, so that nobody need print it again
+    skips = False  # whether it is enough to see the newest frame
 
     def __enter__(self) -> Self:
         return self
@@ -120,16 +121,23 @@ class _View:
     ) -> None:
         self.close()
 
-    def close(self) -> None: ...
+    def show(self, frame: Frame) -> None:
+        """Shows a step."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Takes the view down."""
 
 
-class LiveView(_View):
+class LiveView(View):
     """Redraws the canvas in place.
 
     Args:
       keeps: lines that are final scroll up and stay, so an answer may be longer than the screen;
         else the view vanishes when it is closed.
     """
+
+    skips = True
 
     def __init__(self, console: Console, decode: Decode, rows: int, *, keeps: bool):
         self.keeps = keeps and rows == 1
@@ -197,7 +205,7 @@ def _status(frame: Frame) -> str:
     return f"pass {int(frame.nfe.max())}, {tokens} tokens, {rate:.2f} tokens per forward"
 
 
-class LineView(_View):
+class LineView(View):
     """One line a step, for logs: new tokens in [], drafts in (), masked positions shaded."""
 
     def __init__(self, file: TextIO, decode: Decode, *, width: int = 100):
@@ -210,8 +218,7 @@ class LineView(_View):
             if self._before is not None and self._before.stop[row]:
                 continue
             parts = segments(self._decode, frame, row, self._before)
-            line = "".join(_PLAIN[part.kind].format(part.text) for part in parts)
-            line = line.replace("\n", "\\n")
+            line = "".join(map(_plain, parts)).replace("\n", "\\n")
             if len(line) > self._width:
                 line = "..." + line[3 - self._width :]
             name = f"[{row + 1}] " if len(frame.stop) > 1 else ""
@@ -219,10 +226,16 @@ class LineView(_View):
         self._before = frame
 
 
-class TextView(_View):
+def _plain(part: Segment) -> str:
+    word = part.text.lstrip(" ")
+    return _PLAIN[part.kind].format(" " * (len(part.text) - len(word)), word)
+
+
+class TextView(View):
     """Writes the text of a single row as it becomes final, and nothing else."""
 
     keeps = True
+    skips = True
 
     def __init__(self, file: TextIO, decode: Decode):
         self._file, self._decode = file, decode

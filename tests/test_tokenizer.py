@@ -36,7 +36,7 @@ def byte_pieces() -> list[str]:
 
 
 def write_gguf(path: Path, pre: str, **changes) -> Path:
-    """A GGUF file that holds nothing but a byte-level tokenizer: bytes, two merges, two specials."""
+    """A GGUF file that holds a byte-level tokenizer only: bytes, two merges, two specials."""
     fields = {"model": "gpt2", "add_bos_token": False, **changes}
     pieces = [*byte_pieces(), "1", "12", "th", "<|end|>", "<|user|>"]
     pieces = list(dict.fromkeys(pieces))

@@ -308,7 +308,7 @@ def _adapter_tree(c: TransformerConfig, entry) -> Params:
     }
 
 
-def _init(key: jax.Array, shapes: Params) -> Params:
+def _init(key: jax.Array, shapes):
     """Norms are ones, biases zeros, matrices normal with variance 1 / fan-in (0.02 for the embedding)."""
     if isinstance(shapes, jax.ShapeDtypeStruct):
         return _init_leaf(key, "", shapes)

@@ -1,31 +1,24 @@
-"""From questions to answers and their figures: what the commands `generate` and `chat` share.
+"""From questions to answers and their figures: what the commands `generate` and `chat` share."""
 
-The work runs in a thread of its own, so that Ctrl-C is heard while XLA compiles or computes.
-"""
-
-import dataclasses
-import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from functools import cache, partial
-from typing import Any, NamedTuple, Self, TypeVar
+from functools import cache
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.monitoring
 import numpy as np
 
 from dllm_jax import checkpoint, recipes
+from dllm_jax.cli.options import Decoding, ModelOptions
 from dllm_jax.decode.generate import BUCKET, Prompt, generate, pad, stream
 from dllm_jax.decode.state import STOP_REASONS, DecodeState
 from dllm_jax.nn.transformer import Transformer
-from dllm_jax.options import Decoding, ModelOptions
 from dllm_jax.recipes import BlockDiffusion, Recipe
 from dllm_jax.tokenizer import Tokenizer
 from dllm_jax.typing import Key, Params
 from dllm_jax.watch import Frame
-
-T = TypeVar("T")
 
 
 class Loaded(NamedTuple):
@@ -84,7 +77,9 @@ class Answer(NamedTuple):
     queries: int
 
 
-def answer(loaded: Loaded, rows: list[list[int]], options: Decoding, clock: "Clock") -> list[Answer]:
+def answer(
+    loaded: Loaded, rows: list[list[int]], options: Decoding, clock: "Clock"
+) -> list[Answer]:
     """The answers of a batch, from one compiled loop."""
     with clock:
         result = generate(
@@ -138,6 +133,25 @@ def figures(answers: Sequence[Answer], clock: "Clock") -> str:
     )
 
 
+def facts(prompt: str, answer: Answer, clock: "Clock", options: Decoding) -> dict[str, Any]:
+    """One answer and its figures, for JSON. The seconds are those of its batch."""
+    tokens = len(answer.ids)
+    return {
+        "prompt": prompt,
+        "text": answer.text,
+        "ids": answer.ids,
+        "tokens": tokens,
+        "stop": answer.stop,
+        "mode": options.mode,
+        "forwards": answer.nfe,
+        "queries": answer.queries,
+        "tokens_per_forward": tokens / max(answer.nfe, 1),
+        "overhead": answer.queries / max(tokens, 1),
+        "run_seconds": clock.run,
+        "compile_seconds": clock.compile,
+    }
+
+
 def _answers(loaded: Loaded, ids, stop, nfe, queries) -> list[Answer]:
     return [
         Answer(row, loaded.tokenizer.decode(row), STOP_REASONS[int(s)], int(n), int(q))
@@ -153,7 +167,7 @@ def _key(options: Decoding, turn: int = 0) -> Key | None:
 
 
 def _padded(rows: list[list[int]]) -> Prompt:
-    """Prompts in a bucket that doubles: a chat that grows compiles a few times, not every 64 tokens."""
+    """Prompts in buckets that double: a growing chat compiles a few times, not every 64 tokens."""
     bucket = BUCKET
     while bucket < max(map(len, rows)):
         bucket *= 2
@@ -165,16 +179,14 @@ def _frame(state: DecodeState, size: int, eos_ids: tuple[int, ...]) -> Frame:
              state.stop, state.nfe, state.queries)  # fmt: skip
     tokens, prompt, written, limit, start, drafts, stop, nfe, queries = jax.device_get(small)
     ends = np.minimum(np.maximum(start + size, written), limit)
-    return Frame(
-        tokens, prompt, written, ends, drafts, stop, nfe, queries, state.mask_id, eos_ids
-    )
+    return Frame(tokens, prompt, written, ends, drafts, stop, nfe, queries, state.mask_id, eos_ids)
 
 
 class Clock:
     """A context manager that adds up seconds of work, and apart from them those spent compiling.
 
-    What JAX reports as tracing, lowering and compiling (or reading a compiled program from the cache)
-    is compiling; reports overlap, as one trace calls another, so it is their union that counts.
+    What JAX reports as tracing, lowering and compiling (or reading a compiled program from disk) is
+    compiling. Reports overlap, as one trace calls another, so it is their union that counts.
     """
 
     def __init__(self):
@@ -202,10 +214,10 @@ _reports = threading.local()  # spans: (begin, end) of each report in this threa
 
 @cache
 def _listen() -> None:
-    def report(name: str, seconds: float, **_: Any) -> None:
+    def report(event: str, duration_secs: float, **_: str | int) -> None:
         spans = getattr(_reports, "spans", None)
-        if spans is not None and name.startswith("/jax/core/compile/"):
+        if spans is not None and event.startswith("/jax/core/compile/"):
             now = time.perf_counter()
-            spans.append((now - seconds, now))
+            spans.append((now - duration_secs, now))
 
     jax.monitoring.register_event_duration_secs_listener(report)

@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")
@@ -14,7 +14,9 @@ class _Done(NamedTuple):
     error: BaseException | None
 
 
-def background(work: Callable[[], Iterable[T]], *, newest: bool = False) -> Iterator[T]:
+def background(
+    work: Callable[[], Iterable[T]], *, newest: bool = False
+) -> Generator[T, None, None]:
     """Yields what `work()` yields; an error in there is raised here.
 
     When the consumer stops early (Ctrl-C), the worker ends after the item at hand, and work that is
@@ -44,17 +46,19 @@ def background(work: Callable[[], Iterable[T]], *, newest: bool = False) -> Iter
     _workers[:] = [*earlier, worker]
     worker.start()
     try:
-        item = box.get()
-        while not isinstance(item, _Done):
-            after = box.get() if not newest or not box.empty() else None
-            if after is None:
-                yield item
-                after = box.get()
-            elif not newest or isinstance(after, _Done):
-                yield item
-            item = after
-        if item.error is not None:
-            raise item.error
+        while True:
+            item = box.get()
+            while newest and not isinstance(item, _Done) and not box.empty():
+                later = box.get()
+                if isinstance(later, _Done):
+                    yield item  # the last one is always seen
+                item = later
+            if isinstance(item, _Done):
+                worker.join()
+                if item.error is not None:
+                    raise item.error
+                return
+            yield item
     finally:
         stopped.set()
 

@@ -1,0 +1,45 @@
+"""The two streams of a terminal: answers on stdout, remarks and progress on stderr."""
+
+import contextlib
+import os
+import sys
+from typing import TextIO
+
+from rich.console import Console
+
+from dllm_jax.watch import Decode, LineView, LiveView, View
+
+
+def note(text: str) -> None:
+    """A remark: one dim line on stderr, behind what stdout has so far."""
+    sys.stdout.flush()
+    _console(sys.stderr).print(text, style="dim", markup=False, soft_wrap=True)
+
+
+def status(text: str) -> contextlib.AbstractContextManager[object]:
+    """A spinner on stderr while something takes long; nothing where there is no terminal."""
+    if not is_terminal(sys.stderr):
+        return contextlib.nullcontext()
+    return _console(sys.stderr).status(f"[dim]{text} ...[/dim]", spinner_style="dim")
+
+
+def view(decode: Decode, rows: int, *, keeps: bool) -> View:
+    """What shows a batch of `rows` answers under way.
+
+    Args:
+      keeps: the view may leave the answer on stdout; else stdout is somebody else's.
+    """
+    if keeps and is_terminal(sys.stdout):
+        return LiveView(_console(sys.stdout), decode, rows, keeps=True)
+    if is_terminal(sys.stderr):
+        return LiveView(_console(sys.stderr), decode, rows, keeps=False)
+    return LineView(sys.stderr, decode)
+
+
+def is_terminal(file: TextIO) -> bool:
+    """Whether the cursor can be moved there."""
+    return file.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
+def _console(file: TextIO) -> Console:
+    return Console(file=file, highlight=False)

@@ -1,0 +1,315 @@
+"""The training step and the loop around it; adaptation of an autoregressive model to block diffusion.
+
+A run is a folder:
+
+    <run>/checkpoints/   Orbax: the trainable parameters, the optimiser, and the position in the data
+    <run>/metrics.jsonl  one line a logged step
+    <run>/loss.png       the curve, when matplotlib is there
+
+Interrupted (SIGTERM, SIGINT) it saves and returns; killed, it falls back to the last checkpoint. Started
+again on the same folder it continues on the numbers of an uninterrupted run: every step draws its noise
+from (seed, step), and the data iterator's position is part of the checkpoint.
+"""
+
+import contextlib
+import dataclasses
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from orbax.checkpoint import v1 as ocp
+
+from dllm_jax.data import Conversations, batches
+from dllm_jax.losses import DualStream
+from dllm_jax.nn.transformer import Transformer
+from dllm_jax.typing import Key, Params
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a step changes."""
+
+    step: jax.Array  # int32[]
+    trainable: Params  # a subset of the parameters' top level, e.g. {"adapter": ...}
+    opt_state: Any
+
+
+def create(params: Params, names: tuple[str, ...], tx: optax.GradientTransformation) -> TrainState:
+    """A state that trains the named top-level entries of `params` and leaves the others alone."""
+    unknown = [name for name in names if name not in params]
+    if unknown:
+        raise ValueError(f"nothing named {unknown} to train; the parameters have {sorted(params)}")
+    trainable = jax.tree.map(jnp.copy, {name: params[name] for name in names})  # steps donate it
+    return TrainState(jnp.int32(0), trainable, tx.init(trainable))
+
+
+def make_train_step(
+    model: Transformer, objective: DualStream, tx: optax.GradientTransformation
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """A jitted `step(state, params, batch, key) -> (state, figures)`; `state` is donated.
+
+    `params` are all parameters; those that `state.trainable` holds are taken from the state. The noise is
+    drawn from `fold_in(key, state.step)`.
+    """
+
+    def step(state: TrainState, params: Params, batch, key: Key):
+        def loss(trainable):
+            noise = jax.random.fold_in(key, state.step)
+            return objective.loss(model, {**params, **trainable}, batch, noise)
+
+        (total, figures), grads = jax.value_and_grad(loss, has_aux=True)(state.trainable)
+        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        figures = {"loss": total, **figures, "grad_norm": optax.global_norm(grads)}
+        return TrainState(state.step + 1, trainable, opt_state), figures
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def evaluate(
+    model: Transformer, params: Params, objective: DualStream, source: Conversations, *, batch: int,
+    length: int, seed: int = 0, limit: int = 64,
+) -> dict[str, float]:  # fmt: skip
+    """Mean figures of the objective over the first `limit` conversations, with noise fixed by `seed`."""
+    loss = jax.jit(lambda p, b, k: objective.loss(model, p, b, k)[1])
+    data = batches(source, batch=batch, length=length, pad_id=model.config.pad_id, seed=seed)
+    count = max(1, min(limit, len(source)) // batch)
+    rows = [
+        jax.device_get(loss(params, next(data), jax.random.fold_in(jax.random.key(seed), i)))
+        for i in range(count)
+    ]
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fit:
+    """How long a run lasts, and what it leaves behind."""
+
+    steps: int
+    batch: int
+    length: int
+    seed: int = 0
+    minutes: float | None = None
+    """Stop after this much time in this process, saved and ready to be continued."""
+    save_every: int = 50
+    log_every: int = 1
+    evaluate_every: int = 100
+
+
+def fit(
+    run: Path,
+    config: Fit,
+    model: Transformer,
+    params: Params,
+    state: TrainState,
+    objective: DualStream,
+    tx: optax.GradientTransformation,
+    source: Conversations,
+    heldout: Conversations | None = None,
+) -> TrainState:
+    """Trains until `config.steps`, the time budget, or a signal; continues what the folder holds.
+
+    Args:
+      state: a fresh state (`create`); replaced by the folder's newest checkpoint when there is one.
+
+    Returns:
+      The last state, which is also on disk.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    step = make_train_step(model, objective, tx)
+    shape = dict(batch=config.batch, length=config.length)
+    data = batches(source, pad_id=model.config.pad_id, seed=config.seed, **shape)
+    key = jax.random.key(config.seed)
+    deadline = time.monotonic() + 60 * config.minutes if config.minutes else float("inf")
+    with _checkpointer(run) as checkpointer, _interrupts() as interrupted:
+        state = _restore(checkpointer, state, data)
+        done = int(state.step)
+        with _metrics(run / "metrics.jsonl", done) as write, _progress(config.steps, done) as show:
+            while done < config.steps and not interrupted() and time.monotonic() < deadline:
+                start = time.perf_counter()
+                state, figures = step(state, params, next(data), key)
+                done += 1
+                if done % config.log_every == 0 or done == config.steps:
+                    figures = {name: float(v) for name, v in jax.device_get(figures).items()}
+                    write({"step": done, **figures, "seconds": time.perf_counter() - start})
+                    show(done, figures)
+                if heldout is not None and config.evaluate_every and done % config.evaluate_every == 0:
+                    figures = evaluate(
+                        model, {**params, **state.trainable}, objective, heldout, **shape
+                    )
+                    write({"step": done, **{f"heldout_{name}": v for name, v in figures.items()}})
+                if done % config.save_every == 0:
+                    _save(checkpointer, state, data)
+        _save(checkpointer, state, data)
+    plot(run)
+    return state
+
+
+@contextlib.contextmanager
+def _checkpointer(run: Path) -> Iterator[ocp.training.Checkpointer]:
+    policies = ocp.training.preservation_policies
+    checkpointer = ocp.training.Checkpointer(
+        (run / "checkpoints").absolute(), preservation_policy=policies.LatestN(2)
+    )
+    try:
+        yield checkpointer
+    finally:
+        checkpointer.close()
+
+
+def _save(checkpointer, state: TrainState, data) -> None:
+    step = int(state.step)
+    if checkpointer.latest is None or checkpointer.latest.step < step:
+        checkpointer.save(step, _as_dict(state), custom_metadata={"data": _jsonable(data.get_state())})
+
+
+def _restore(checkpointer, state: TrainState, data) -> TrainState:
+    """The newest checkpoint, and the data iterator set to its position; the given state if there is none."""
+    latest = checkpointer.latest
+    if latest is None:
+        return state
+    position = checkpointer.metadata(latest).custom_metadata["data"]
+    data.set_state(_from_json(position))
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _as_dict(state)
+    )
+    try:
+        loaded = checkpointer.load(latest, target)
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"the checkpoint of step {latest.step} does not fit this run's parameters and optimiser: "
+            f"continue it with the settings it was started with, or choose another folder ({error})"
+        ) from error
+    return TrainState(loaded["step"], loaded["trainable"], jax.tree.unflatten(
+        jax.tree.structure(state.opt_state), jax.tree.leaves(loaded["opt_state"])
+    ))  # fmt: skip
+
+
+def _as_dict(state: TrainState) -> Params:
+    """Plain containers, with the optimiser's leaves in order: a checkpoint that outlives its classes."""
+    leaves = jax.tree.leaves(state.opt_state)
+    return {
+        "step": state.step,
+        "trainable": state.trainable,
+        "opt_state": {f"{i:04d}": leaf for i, leaf in enumerate(leaves)},
+    }
+
+
+def _jsonable(position: Any) -> Any:
+    return position.decode() if isinstance(position, bytes) else position
+
+
+def _from_json(position: Any) -> Any:
+    return position
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Turns SIGTERM and SIGINT into a question: the loop ends its step, saves, and leaves."""
+    asked = []
+    names = (signal.SIGTERM, signal.SIGINT)
+    before = {name: signal.signal(name, lambda *_: asked.append(True)) for name in names}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+@contextlib.contextmanager
+def _metrics(path: Path, done: int) -> Iterator[Callable[[dict[str, float]], None]]:
+    """Appends JSON lines; lines of steps that the checkpoint does not know are dropped first."""
+    if path.exists():
+        kept = [r for r in read_metrics(path) if r["step"] <= done]
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    with path.open("a", buffering=1) as file:
+        yield lambda row: print(json.dumps(row), file=file)
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics file; a last line that a crash cut short is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+@contextlib.contextmanager
+def _progress(steps: int, done: int) -> Iterator[Callable[[int, dict[str, float]], None]]:
+    from rich import progress
+
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns) as bar:
+        task = bar.add_task("training", total=steps, completed=done)
+
+        def show(done: int, figures: dict[str, float]) -> None:
+            loss = f"loss {figures['loss']:.3f}"
+            if "accepted" in figures:
+                loss += f"  accepted {figures['accepted']:.2f}"
+            bar.update(task, completed=done, description=loss)
+
+        yield show
+
+
+def plot(run: Path) -> Path | None:
+    """Draws `<run>/loss.png` from the metrics; None when matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = read_metrics(run / "metrics.jsonl")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
+    for axis, names in ((left, ("loss", "heldout_diffusion")), (right, ("accepted", "heldout_accepted"))):
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=name, marker="o" if "heldout" in name else "")
+        axis.set_xlabel("step")
+        axis.legend()
+    left.set_ylabel("nats per learnt token")
+    right.set_ylabel("drafts that a greedy check would pass")
+    figure.tight_layout()
+    figure.savefig(run / "loss.png", dpi=120)
+    pyplot.close(figure)
+    return run / "loss.png"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimiser:
+    """AdamW with warm-up and cosine decay, gradients clipped by their global norm."""
+
+    learning_rate: float = 1e-3
+    warmup: int = 20
+    final: float = 0.05  # of the learning rate, at the last step
+    weight_decay: float = 0.0
+    clip: float = 1.0
+
+    def build(self, steps: int) -> optax.GradientTransformation:
+        """The optax transformation for a run of `steps`."""
+        schedule = optax.warmup_cosine_decay_schedule(
+            0.0, self.learning_rate, min(self.warmup, max(steps - 1, 1)), steps, self.learning_rate * self.final
+        )
+        return optax.chain(
+            optax.clip_by_global_norm(self.clip),
+            optax.adamw(schedule, b2=0.99, weight_decay=self.weight_decay),
+        )

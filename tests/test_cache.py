@@ -1,0 +1,37 @@
+"""The cache: appends, rows at their own pace, taking back."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dllm_jax.cache import allocate, append
+
+
+@pytest.mark.parametrize("rows", [3, 70])  # unrolled, and in a loop
+def test_rows_grow_at_their_own_pace_and_take_back(rows):
+    cache = allocate(2, rows, 1, 12, 2)
+    rng = np.random.default_rng(0)
+    expected = [[] for _ in range(rows)]
+    step = jax.jit(append)
+    for _ in range(3):
+        new = rng.normal(size=(2, rows, 1, 3, 4)).astype(np.float32)
+        counts = rng.integers(0, 4, rows)
+        cache = step(cache, jnp.asarray(new), jnp.asarray(counts))
+        for row in range(rows):
+            expected[row] += [new[:, row, :, i] for i in range(counts[row])]
+    np.testing.assert_array_equal(cache.lengths, [len(e) for e in expected])
+    for row, entries in enumerate(expected):
+        for i, entry in enumerate(entries):
+            np.testing.assert_array_equal(cache.kv[:, row, :, i], entry)
+    shorter = dataclasses.replace(cache, lengths=jnp.maximum(cache.lengths - 2, 0))
+    again = append(shorter, jnp.ones((2, rows, 1, 1, 4)), jnp.ones(rows, int))
+    for row in range(rows):
+        np.testing.assert_array_equal(again.kv[:, row, :, int(shorter.lengths[row])], 1.0)
+
+
+def test_more_entries_than_slots_is_an_error():
+    with pytest.raises(ValueError, match="5 entries do not fit a cache of 4 slots"):
+        append(allocate(1, 1, 1, 4, 2), jnp.zeros((1, 1, 1, 5, 4)), jnp.ones(1, int))

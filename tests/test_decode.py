@@ -1,0 +1,305 @@
+"""The decoding loops against slow twins in plain Python, and their laws."""
+
+import itertools
+import re
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from dllm_jax import recipes
+from dllm_jax.decode.generate import Prompt, _generate, _prepare, generate, pad, stream
+from dllm_jax.decode.state import result
+from dllm_jax.testing import tiny
+from pallas_kernels import BlockMask
+
+MODEL, PARAMS = tiny()
+MASK = MODEL.config.mask_id
+ROWS = [[3, 4, 5], [6, 7, 8, 9, 10, 11, 12], [2], [20, 21, 9, 5, 3], [13, 14, 15, 16]]
+BUDGET = 21
+
+
+@partial(jax.jit, static_argnames=("mask", "model"))
+def _apply(model, params, tokens, positions, mask):
+    out = model.apply({"params": params}, tokens, mask=mask, positions=positions)
+    return model.apply({"params": params}, out.hidden, method="logits")
+
+
+def logits_of(clean, noisy=(), model=MODEL, params=PARAMS):
+    """Logits of clean tokens, causal, and of noisy ones that see all of them. One pass, no cache.
+
+    The clean part is padded in front of nothing: lengths are few, so compiled programs are as well.
+    """
+    clean, noisy = list(clean), list(noisy)
+    size, pad_to = len(clean), 32 + BUDGET
+    tokens = np.array([clean + [0] * (pad_to - size) + noisy])
+    positions = np.concatenate([np.arange(pad_to), size + np.arange(len(noisy))])[None]
+    if not noisy:
+        mask = BlockMask.causal(pad_to)
+        return np.asarray(_apply(model, params, tokens, positions, mask))[0, :size], None
+    # The padding must be hidden from the noise: a mask of its own for each length.
+    mask = BlockMask.dual_stream(pad_to, len(noisy), stride=0, offset=size)
+    out = np.asarray(_apply(model, params, tokens, positions, mask))[0]
+    return out[:size], out[pad_to:]
+
+
+def twin_ar(row, budget=BUDGET):
+    tokens = list(row)
+    while len(tokens) < len(row) + budget:
+        token = int(logits_of(tokens)[0][-1].argmax())
+        tokens.append(token)
+        if token in MODEL.config.eos_ids:
+            break
+    return tokens[len(row) :]
+
+
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def twin_diffusion(row, size, threshold, budget=BUDGET):
+    """Block diffusion, one row, whole passes: the answer, and its forward passes."""
+    tokens, limit, nfe = list(row), len(row) + budget, 0
+    while True:
+        start, canvas, step = len(tokens), [MASK] * size, 0
+        while True:
+            clean, noisy = logits_of(tokens, canvas)
+            nfe += 1
+            probs = softmax(np.concatenate([clean[-1:], noisy[:-1]]))
+            ends = [j for j, t in enumerate(canvas) if t in MODEL.config.eos_ids]
+            last = min(ends[0] if ends else size, limit - start)
+            open_ = [j for j in range(last) if canvas[j] == MASK]
+            picked = [j for j in open_ if probs[j].max() > threshold and (j or step)]
+            if step == 0:
+                picked = sorted({0, *picked})
+            if not picked:
+                picked = [max(open_, key=lambda j: probs[j].max())]
+            for j in picked:
+                canvas[j] = int(probs[j].argmax())
+            step += 1
+            solid = canvas.index(MASK) if MASK in canvas else size
+            ends = [j for j in range(solid) if canvas[j] in MODEL.config.eos_ids]
+            if ends:
+                return (tokens + canvas[: ends[0] + 1])[len(row) : limit], nfe
+            if start + solid >= limit:
+                return (tokens + canvas)[len(row) : limit], nfe
+            if solid == size:
+                tokens += canvas
+                break
+
+
+def answers(res):
+    return [np.asarray(res.tokens[i, : int(n)]).tolist() for i, n in enumerate(res.lengths)]
+
+
+@pytest.fixture(scope="module")
+def ar_answers():
+    return [twin_ar(row) for row in ROWS]
+
+
+def test_ar_is_its_slow_twin(ar_answers):
+    res = generate(MODEL, PARAMS, ROWS, recipe=recipes.ar(), max_new_tokens=BUDGET)
+    assert answers(res) == ar_answers
+    assert {len(a) for a in ar_answers} != {BUDGET}, "no row met an end: the test shows too little"
+    np.testing.assert_array_equal(res.tokens_per_forward, 1.0)
+    for row, reason in zip(ar_answers, res.stop_reasons, strict=True):
+        assert reason == ("end_of_turn" if row[-1] in MODEL.config.eos_ids else "length")
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_speculation_gives_the_tokens_of_ar(ar_answers, width):
+    recipe = recipes.self_speculative(width=width)
+    res = generate(MODEL, PARAMS, ROWS, recipe=recipe, max_new_tokens=BUDGET)
+    assert answers(res) == ar_answers
+    assert (res.nfe <= res.lengths).all()
+    expected = width + (res.nfe - 1) * (width + 1) ** 2
+    np.testing.assert_array_equal(res.queries, expected)
+
+
+def test_speculation_accepts_what_the_drafter_gets_right():
+    """A model that repeats itself is easy to draft for: fewer passes than tokens."""
+    model, params = tiny(seed=3)
+    res = generate(
+        model, params, ROWS, recipe=recipes.self_speculative(width=3), max_new_tokens=BUDGET
+    )
+    assert (res.tokens_per_forward > 1).any()
+
+
+@pytest.mark.parametrize(("size", "threshold"), [(4, 0.6), (3, 1.0)])
+def test_block_diffusion_is_its_slow_twin(size, threshold):
+    recipe = recipes.block_diffusion(block_size=size, threshold=threshold)
+    res = generate(MODEL, PARAMS, ROWS, recipe=recipe, max_new_tokens=BUDGET)
+    for i, row in enumerate(ROWS):
+        expected, nfe = twin_diffusion(row, size, threshold)
+        assert answers(res)[i] == expected
+        assert int(res.nfe[i]) == nfe
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [recipes.self_speculative(width=2, temperature=0.7), recipes.block_diffusion(block_size=4, temperature=0.7)],
+    ids=["speculative", "diffusion"],
+)
+def test_a_row_of_a_batch_decodes_as_alone_sampled_too(recipe):
+    model, params = tiny(sharpness=3.0)
+    keys = jax.random.split(jax.random.key(5), len(ROWS))
+    together = answers(
+        generate(model, params, ROWS, recipe=recipe, max_new_tokens=BUDGET, key=keys)
+    )
+    for i, row in enumerate(ROWS):
+        alone = generate(
+            model, params, [row], recipe=recipe, max_new_tokens=BUDGET, key=keys[i : i + 1]
+        )
+        assert answers(alone)[0] == together[i]
+
+
+def test_padding_changes_nothing():
+    recipe = recipes.block_diffusion(block_size=4)
+    plain = generate(MODEL, PARAMS, ROWS, recipe=recipe, max_new_tokens=BUDGET)
+    wide = pad(ROWS, bucket=96)
+    junk = jnp.where(jnp.arange(96) < wide.lengths[:, None], wide.tokens, 17)
+    padded = generate(
+        MODEL, PARAMS, Prompt(junk, wide.lengths), recipe=recipe, max_new_tokens=BUDGET
+    )
+    np.testing.assert_array_equal(plain.tokens, padded.tokens)
+    np.testing.assert_array_equal(plain.nfe, padded.nfe)
+
+
+def test_speculative_samples_follow_the_autoregressive_joint():
+    """Chi-square over all continuations of three tokens, in a vocabulary of four."""
+    model, params = tiny(vocab_size=4, sharpness=3.0, eos_ids=())
+    prompt, rows, rounds = [2, 3, 1], 512, 24
+    recipe = recipes.self_speculative(width=2, temperature=1.3)
+    counts, accepted = np.zeros((4, 4, 4)), 0
+    for round_ in range(rounds):
+        res = generate(
+            model, params, [prompt] * rows, recipe=recipe, max_new_tokens=3,
+            key=jax.random.key(100 + round_),
+        )  # fmt: skip
+        np.add.at(counts, tuple(np.asarray(res.tokens).T), 1)
+        accepted += int((res.nfe < 3).sum())
+    joint = np.ones((4, 4, 4))
+    for prefix in itertools.chain([()], np.ndindex(4), np.ndindex(4, 4)):
+        tokens = np.array([prompt + list(prefix)])
+        hidden = model.apply({"params": params}, tokens, canvas=False).hidden[:, -1]
+        logits = model.apply({"params": params}, hidden, method="logits")[0]
+        joint[prefix] *= softmax(np.asarray(logits) / 1.3).reshape([4] + [1] * (2 - len(prefix)))
+    total = rows * rounds
+    assert accepted > 0.1 * total, "drafts hardly ever held: the test shows too little"
+    assert accepted < 0.95 * total, "drafts nearly always held: the test shows too little"
+    assert joint.sum() == pytest.approx(1)
+    few = joint * total < 5
+    observed = np.append(counts[~few], counts[few].sum())
+    expected = np.append(joint[~few], joint[few].sum()) * total
+    keep = expected > 0
+    assert scipy.stats.chisquare(observed[keep], expected[keep]).pvalue > 1e-3
+
+
+def test_temperature_zero_with_a_key_is_greedy():
+    for greedy in (recipes.self_speculative(width=2), recipes.block_diffusion(block_size=4)):
+        plain = generate(MODEL, PARAMS, ROWS, recipe=greedy, max_new_tokens=BUDGET)
+        keyed = generate(
+            MODEL, PARAMS, ROWS, recipe=greedy, max_new_tokens=BUDGET, key=jax.random.key(0)
+        )
+        np.testing.assert_array_equal(plain.tokens, keyed.tokens)
+
+
+def test_one_trace_for_numbers_and_lengths_of_a_bucket():
+    _generate.clear_cache()
+    for threshold, row, budget in ((0.5, [3, 4], 9), (0.8, [3] * 30, 17), (0.95, [5] * 64, 64)):
+        recipe = recipes.block_diffusion(block_size=4, threshold=threshold)
+        generate(MODEL, PARAMS, [row], recipe=recipe, max_new_tokens=budget)
+    assert _generate._cache_size() == 1
+    for temperature, top_k in ((0.5, 0), (1.0, 3), (0.0, 0)):
+        recipe = recipes.self_speculative(width=2, temperature=temperature, top_k=top_k)
+        generate(
+            MODEL, PARAMS, [[3, 4]], recipe=recipe, max_new_tokens=9, key=jax.random.key(1)
+        )
+    assert _generate._cache_size() == 2
+
+
+def test_nothing_leaves_the_device_inside_the_loop():
+    recipe = recipes.self_speculative(width=2)
+    prompt, keys, slots = _prepare(MODEL, PARAMS, ROWS, recipe, BUDGET, None)
+    lowered = _generate.lower(
+        MODEL, PARAMS, prompt, recipe, jnp.int32(BUDGET), keys, slots=slots
+    )
+    text = lowered.compile().as_text()
+    assert " while(" in text
+    assert not re.search(r"\b(infeed|outfeed|send|recv|send-done|recv-done)\(", text)
+    assert not re.search(r"custom_call_target=\"[^\"]*(callback|host)", text)
+
+
+def test_stream_shows_every_step_and_ends_where_generate_does():
+    recipe = recipes.block_diffusion(block_size=4)
+    frames = list(stream(MODEL, PARAMS, ROWS, recipe=recipe, max_new_tokens=BUDGET))
+    whole = generate(MODEL, PARAMS, ROWS, recipe=recipe, max_new_tokens=BUDGET)
+    last = result(frames[-1], BUDGET)
+    np.testing.assert_array_equal(last.tokens, whole.tokens)
+    assert len(frames) == int(whole.nfe.max())
+    prompts = pad(ROWS)
+    for before, after in itertools.pairwise(frames):
+        kept = np.arange(before.tokens.shape[1]) < np.asarray(before.written)[:, None]
+        np.testing.assert_array_equal(
+            np.where(kept, before.tokens, 0), np.where(kept, after.tokens, 0)
+        )
+        given = np.arange(prompts.tokens.shape[1]) < np.asarray(prompts.lengths)[:, None]
+        np.testing.assert_array_equal(
+            np.where(given, after.tokens[:, : prompts.tokens.shape[1]], 0), prompts.tokens
+        )
+        # Every running row commits at least one token a step, until it has stopped.
+        opened = np.asarray(before.masked.sum(axis=1) - after.masked.sum(axis=1))
+        fresh = np.asarray(after.start != before.start)
+        assert ((opened > 0) | fresh | np.asarray(before.finished)).all()
+
+
+class Leftmost(NamedTuple):
+    """A policy of one's own: the first `count` masked positions."""
+
+    count: int = 2
+
+    def commit(self, view):
+        return view.masked & (jnp.cumsum(view.masked, axis=-1) <= self.count)
+
+
+def test_a_policy_of_ones_own_plugs_in():
+    recipe = recipes.BlockDiffusion(block_size=4, commit=Leftmost(2))
+    res = generate(MODEL, PARAMS, ROWS, recipe=recipe, max_new_tokens=BUDGET)
+    assert (res.tokens_per_forward > 1).all()
+
+
+def test_generate_can_be_jitted():
+    recipe = recipes.ar()
+    prompt = pad(ROWS)
+    run = jax.jit(lambda p: generate(MODEL, PARAMS, p, recipe=recipe, max_new_tokens=BUDGET).tokens)
+    plain = generate(MODEL, PARAMS, prompt, recipe=recipe, max_new_tokens=BUDGET)
+    np.testing.assert_array_equal(run(prompt), plain.tokens)
+
+
+def test_bad_requests_are_told_so():
+    def ask(message, recipe=None, rows=ROWS, model=MODEL, **more):
+        recipe = recipe or recipes.ar()
+        with pytest.raises(ValueError, match=message):
+            generate(model, PARAMS, rows, recipe=recipe, **{"max_new_tokens": 4, **more})
+
+    ask("needs a key", recipes.ar(temperature=0.5))
+    ask("temperature=-1", recipes.ar(temperature=-1), key=jax.random.key(0))
+    ask("top_p=0", recipes.ar(top_p=0), key=jax.random.key(0))
+    ask("max_new_tokens=0", max_new_tokens=0)
+    ask("exceed the model's 512", max_new_tokens=510)
+    ask("at least one token", rows=[[1], []])
+    ask("give one key, or one for each row", key=jax.random.split(jax.random.key(0), 2))
+    ask("between 1 and 64", rows=Prompt(pad([[1]]).tokens, jnp.array([65])))
+    plain, _ = tiny(adapter=False, mask_id=None)
+    ask("no mask token", recipes.block_diffusion(), model=plain)
+    other, _ = tiny(alignment="same_position")
+    ask("same_position", recipes.block_diffusion(), model=other)
+    with pytest.raises(ValueError, match="at least 1"):
+        recipes.self_speculative(width=0)
+    with pytest.raises(ValueError, match="block_size=0"):
+        recipes.block_diffusion(block_size=0)
