@@ -1,22 +1,6 @@
-"""The command `dllm-jax`.
+"""The command `dllm-jax`: generate, chat, convert, info."""
 
-Answers go to stdout, everything else to stderr. JAX is imported when a command runs, so that --help
-is quick.
-"""
-
-import importlib
-import importlib.metadata
-import logging
-import os
-import sys
-import warnings
 from collections.abc import Sequence
-from types import ModuleType
-
-import tyro
-
-from dllm_jax.cli.background import background, busy
-from dllm_jax.cli.options import AnyCommand, Command
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -27,86 +11,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done. 1: the reader of the output went away. 2: a mistake in what was asked for, told in one
     line. 130: Ctrl-C. A command line that cannot be parsed, and --help, exit from here.
     """
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    if arguments == ["--version"]:
-        print(f"dllm-jax {version()}")
-        return 0
-    command = tyro.cli(
-        tyro.conf.FlagCreatePairsOff[AnyCommand],
-        prog="dllm-jax",
-        description="Decode diffusion language models. --version prints the version.",
-        args=arguments or ["--help"],
-    )
-    code = _run(command)
-    if busy():  # a thread inside XLA cannot be stopped, and an orderly exit would crash around it
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
-
-
-def version() -> str:
-    """Of the installed distribution."""
     try:
-        return importlib.metadata.version("dllm-jax")
-    except importlib.metadata.PackageNotFoundError:
-        return "(not installed)"
+        # Importing takes a moment, in which Ctrl-C may come too.
+        from dllm_jax.cli.program import program
 
-
-def _run(command: Command) -> int:
-    debug = command.debug or os.environ.get("DLLM_JAX_DEBUG", "") not in ("", "0")
-    _quiet(debug)
-    try:
-        command.check()
-        (commands,) = background(lambda: [_with_jax()])
-        commands.run(command)
-        sys.stdout.flush()
+        return program(argv)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # `dllm-jax ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (ValueError, OSError, RuntimeError) as error:
-        if debug:
-            raise
-        print(f"dllm-jax: {_one_line(error)}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _with_jax() -> ModuleType:
-    """The module of the commands. Importing it takes seconds, hence here."""
-    commands = importlib.import_module("dllm_jax.cli.commands")
-    _keep_compiled()
-    return commands
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _quiet(debug: bool) -> None:
-    """Keeps the libraries' remarks off stderr; ours go there, one line each."""
-    if debug:
-        return
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    warnings.simplefilter("ignore")
-    logging.basicConfig(format="dllm-jax: %(message)s")
-    logging.getLogger().setLevel(logging.ERROR)
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    logging.getLogger("dllm_jax").setLevel(logging.WARNING)
-
-
-def _keep_compiled() -> None:
-    """Keeps compiled programs on disk, the small ones too; a place that the user set is left."""
-    import jax
-    from etils import epath
-
-    from dllm_jax import sources
-
-    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        return
-    ours = sources.cache_entry(epath.Path(__file__)).parent  # where every entry of the cache lies
-    jax.config.update("jax_compilation_cache_dir", str(ours / "xla"))
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -126,10 +126,10 @@ def figures(answers: Sequence[Answer], clock: "Clock") -> str:
     reasons = [a.stop if a.stop != "running" else "interrupted" for a in answers]
     stops = [f"{reasons.count(r)} {r}" if len(reasons) > 1 else r for r in dict.fromkeys(reasons)]
     return (
-        f"{tokens} tokens in {clock.run:.2f} s, {tokens / max(clock.run, 1e-9):.1f} tokens/s,"
+        f"{tokens} tokens in {clock.run:.2f} s ({tokens / max(clock.run, 1e-9):.1f} a second),"
         f" {tokens / max(sum(a.nfe for a in answers), 1):.2f} tokens per forward,"
         f" overhead {sum(a.queries for a in answers) / max(tokens, 1):.2f},"
-        f" stop: {', '.join(stops)} (compiled in {clock.compile:.2f} s)"
+        f" stop: {' '.join(stops)}; compiled in {clock.compile:.2f} s"
     )
 
 

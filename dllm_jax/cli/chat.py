@@ -38,6 +38,8 @@ def talk(loaded: Loaded, options: Decoding, system: str | None) -> None:
                 conversation.ask(line)
         except ValueError as error:
             terminal.note(f"dllm-jax: {error}")
+        except KeyboardInterrupt:  # between the answer and the next line
+            print()
 
 
 def _lines() -> Iterator[str]:

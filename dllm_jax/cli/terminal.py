@@ -13,7 +13,8 @@ from dllm_jax.watch import Decode, LineView, LiveView, View
 def note(text: str) -> None:
     """A remark: one dim line on stderr, behind what stdout has so far."""
     sys.stdout.flush()
-    _console(sys.stderr).print(text, style="dim", markup=False, soft_wrap=True)
+    whole = not sys.stderr.isatty()  # a log keeps its lines; a terminal breaks them between words
+    _console(sys.stderr).print(text, style="dim", markup=False, soft_wrap=whole)
 
 
 def status(text: str) -> contextlib.AbstractContextManager[object]:

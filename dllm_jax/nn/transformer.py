@@ -8,6 +8,7 @@ The layers are stacked on a leading axis and scanned.
 import dataclasses
 from typing import NamedTuple
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -108,7 +109,7 @@ class Transformer(nn.Module):
           canvas: False says that no entry is a mask token, and skips the adapter.
           frozen_layers: layers below are not differentiated (their backward pass is not run).
         """
-        config, tree = self.config, self.tree
+        config, tree = self.config, flax.core.unfreeze(self.tree)
         if mask is None:
             mask = config.mask(tokens.shape[1])
         if cache is not None and cache_end is None:
