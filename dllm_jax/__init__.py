@@ -1,0 +1,77 @@
+"""Diffusion language models in JAX: load, decode, watch, train.
+
+    import dllm_jax as dj
+
+    model, params = dj.load("smollm2-135m-instruct")
+    tokenizer = dj.Tokenizer.load("smollm2-135m-instruct")
+    out = dj.generate(
+        model, params, [tokenizer.chat("Why is the sky blue?")],
+        recipe=dj.recipes.block_diffusion(), max_new_tokens=64,
+    )
+    print(tokenizer.decode(out.tokens[0]))
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dllm_jax import corruption, data, losses, policies, recipes, sharding, training
+    from dllm_jax.checkpoint import convert, load, load_adapter, save, save_adapter
+    from dllm_jax.decode.generate import Prompt, generate, pad, stream
+    from dllm_jax.decode.state import DecodeState, Result, result
+    from dllm_jax.nn.transformer import Transformer, TransformerConfig
+    from dllm_jax.sharding import make_mesh
+    from dllm_jax.tokenizer import Tokenizer
+
+_NAMES = {
+    "checkpoint": ("convert", "load", "load_adapter", "save", "save_adapter"),
+    "decode.generate": ("Prompt", "generate", "pad", "stream"),
+    "decode.state": ("DecodeState", "Result", "result"),
+    "nn.transformer": ("Transformer", "TransformerConfig"),
+    "sharding": ("make_mesh",),
+    "tokenizer": ("Tokenizer",),
+}
+_HOME = {name: room for room, names in _NAMES.items() for name in names}
+_ROOMS = ("corruption", "data", "losses", "policies", "recipes", "sharding", "training")
+
+__all__ = [
+    "DecodeState",
+    "Prompt",
+    "Result",
+    "Tokenizer",
+    "Transformer",
+    "TransformerConfig",
+    "convert",
+    "corruption",
+    "data",
+    "generate",
+    "load",
+    "load_adapter",
+    "losses",
+    "make_mesh",
+    "pad",
+    "policies",
+    "recipes",
+    "result",
+    "save",
+    "save_adapter",
+    "sharding",
+    "stream",
+    "training",
+]
+
+
+def __getattr__(name: str):
+    """Imports a public name when it is first used, so that `import dllm_jax` alone stays instant."""
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"dllm_jax.{_HOME[name]}"), name)
+    elif name in _ROOMS:
+        value = importlib.import_module(f"dllm_jax.{name}")
+    else:
+        raise AttributeError(f"module 'dllm_jax' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

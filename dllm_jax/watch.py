@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Literal, NamedTuple, Self, TextIO
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from rich.console import Console, Group
@@ -19,6 +19,15 @@ from rich.text import Text
 
 Kind = Literal["text", "new", "mask", "draft"]
 Decode = Callable[[Sequence[int]], str]
+
+
+@runtime_checkable
+class Out(Protocol):
+    """Where text goes: stdout, a file."""
+
+    def write(self, text: str, /) -> object: ...
+    def flush(self) -> object: ...
+
 
 _SHADE = " ░░░"  # a masked position: about the size of a word
 _STYLE = {"text": "", "new": "bold green", "mask": "dim", "draft": "dim italic"}
@@ -110,7 +119,7 @@ class View:
     keeps = False  # whether the answer stays where it was shown, so that nobody need print it again
     skips = False  # whether it is enough to see the newest frame
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "View":
         return self
 
     def __exit__(
@@ -149,7 +158,7 @@ class LiveView(View):
             Text("compiling ...", style="dim"), console=console, auto_refresh=False, transient=True
         )
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "LiveView":
         self._live.start(refresh=True)
         return self
 
@@ -208,7 +217,7 @@ def _status(frame: Frame) -> str:
 class LineView(View):
     """One line a step, for logs: new tokens in [], drafts in (), masked positions shaded."""
 
-    def __init__(self, file: TextIO, decode: Decode, *, width: int = 100):
+    def __init__(self, file: Out, decode: Decode, *, width: int = 100):
         self._file, self._decode, self._width = file, decode, width
         self._before: Frame | None = None
 
@@ -237,7 +246,7 @@ class TextView(View):
     keeps = True
     skips = True
 
-    def __init__(self, file: TextIO, decode: Decode):
+    def __init__(self, file: Out, decode: Decode):
         self._file, self._decode = file, decode
         self._shown = 0
         self._half = ""

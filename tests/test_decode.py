@@ -36,8 +36,8 @@ def logits_of(clean, noisy=(), model=MODEL, params=PARAMS):
     """
     clean, noisy = list(clean), list(noisy)
     size, pad_to = len(clean), 32 + BUDGET
-    tokens = np.array([clean + [0] * (pad_to - size) + noisy])
-    positions = np.concatenate([np.arange(pad_to), size + np.arange(len(noisy))])[None]
+    tokens = jnp.array([clean + [0] * (pad_to - size) + noisy])
+    positions = jnp.concatenate([jnp.arange(pad_to), size + jnp.arange(len(noisy))])[None]
     if not noisy:
         mask = BlockMask.causal(pad_to)
         return np.asarray(_apply(model, params, tokens, positions, mask))[0, :size], None
@@ -185,7 +185,7 @@ def test_speculative_samples_follow_the_autoregressive_joint():
         accepted += int((res.nfe < 3).sum())
     joint = np.ones((4, 4, 4))
     for prefix in itertools.chain([()], np.ndindex(4), np.ndindex(4, 4)):
-        tokens = np.array([prompt + list(prefix)])
+        tokens = jnp.array([prompt + list(prefix)])
         hidden = model.apply({"params": params}, tokens, canvas=False).hidden[:, -1]
         logits = model.apply({"params": params}, hidden, method="logits")[0]
         joint[prefix] *= softmax(np.asarray(logits) / 1.3).reshape([4] + [1] * (2 - len(prefix)))

@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import jax.monitoring
@@ -14,7 +14,7 @@ from dllm_jax import checkpoint, recipes
 from dllm_jax.cli.options import Decoding, ModelOptions
 from dllm_jax.decode.generate import BUCKET, Prompt, generate, pad, stream
 from dllm_jax.decode.state import STOP_REASONS, DecodeState
-from dllm_jax.nn.transformer import Transformer
+from dllm_jax.nn.transformer import Transformer, TransformerConfig
 from dllm_jax.recipes import BlockDiffusion, Recipe
 from dllm_jax.tokenizer import Tokenizer
 from dllm_jax.typing import Key, Params
@@ -41,11 +41,18 @@ class Loaded(NamedTuple):
     def check(self, options: Decoding) -> None:
         """Raises ValueError where the model cannot decode in that way."""
         options.check()
-        if options.mode != "ar" and self.model.config.mask_id is None:
+        if options.mode != "ar" and not has_mask(self.model.config):
             raise ValueError(
                 f"{self.name} has no diffusion adapter, which --mode {options.mode} needs:"
                 " give one with --adapter FOLDER, or use --mode ar"
             )
+
+
+def has_mask(config: TransformerConfig) -> bool:
+    """Whether the mask token has an embedding: the adapter's, or one of the vocabulary's."""
+    return config.mask_id is not None and (
+        config.adapter is not None or config.mask_id < config.vocab_size
+    )
 
 
 def load(options: ModelOptions) -> Loaded:
@@ -86,9 +93,11 @@ def answer(
             loaded.model, loaded.params, rows, recipe=recipe(options),
             max_new_tokens=options.max_new_tokens, key=_key(options),
         )  # fmt: skip
-        got = jax.device_get(result)
-    ids = [row[:length].tolist() for row, length in zip(got.tokens, got.lengths, strict=True)]
-    return _answers(loaded, ids, got.stop, got.nfe, got.queries)
+        tokens, lengths, *costs = jax.device_get(
+            (result.tokens, result.lengths, result.stop, result.nfe, result.queries)
+        )
+    ids = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+    return _answers(loaded, ids, *costs)
 
 
 def frames(
@@ -129,7 +138,7 @@ def figures(answers: Sequence[Answer], clock: "Clock") -> str:
         f"{tokens} tokens in {clock.run:.2f} s ({tokens / max(clock.run, 1e-9):.1f} a second),"
         f" {tokens / max(sum(a.nfe for a in answers), 1):.2f} tokens per forward,"
         f" overhead {sum(a.queries for a in answers) / max(tokens, 1):.2f},"
-        f" stop: {' '.join(stops)}; compiled in {clock.compile:.2f} s"
+        f" stop: {', '.join(stops)}; compiled in {clock.compile:.2f} s"
     )
 
 
@@ -193,7 +202,7 @@ class Clock:
         self.run = 0.0
         self.compile = 0.0
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Clock":
         _listen()
         _reports.spans = []
         self._start = time.perf_counter()

@@ -14,6 +14,7 @@ from etils import epath
 
 import dllm_jax
 from dllm_jax import sources
+from dllm_jax.cli.answering import has_mask
 from dllm_jax.models import weights
 from dllm_jax.models.adapters import read_adapter
 from dllm_jax.nn.adapters import AdapterConfig
@@ -146,6 +147,7 @@ def _architecture(source: str, found: sources.Source, c: TransformerConfig) -> I
     kind = {"gguf": "GGUF file", "published": "published folder", "orbax": "converted folder"}
     heads = f"{c.num_heads} of {c.head_dim}, {c.num_kv_heads} of keys and values"
     extras = ", biases" * c.qkv_bias + ", norms on queries and keys" * c.qk_norm
+    mask = c.mask_id if has_mask(c) else None
     attention, alignment = (x.replace("_", " ") for x in (c.attention, c.alignment))
     yield source
     yield from _rows(
@@ -155,7 +157,7 @@ def _architecture(source: str, found: sources.Source, c: TransformerConfig) -> I
         ("positions", f"{c.max_length}, rotary with base {c.rope_theta:g}"),
         ("vocabulary", f"{c.vocab_size}{', head tied to the embedding' * c.tied_head}"),
         ("reads", f"{attention} attention, {alignment} outputs"),
-        ("ids", f"mask {c.mask_id}, end {' '.join(map(str, c.eos_ids)) or None}, pad {c.pad_id}"),
+        ("ids", f"mask {mask}, end {' '.join(map(str, c.eos_ids)) or None}, pad {c.pad_id}"),
     )
 
 
@@ -206,7 +208,7 @@ def _memory(
     held = sum(counts(c).values()) * jnp.dtype(c.param_dtype).itemsize
     cache = cache_bytes(c, batch, context)
     rows = [("ar", 1, 1)]
-    if c.mask_id is not None:
+    if has_mask(c):
         # The pass that caches a finished block holds the next one too.
         rows += [(f"diffusion, block {block_size}", 2 * block_size, block_size)]
         rows += [(f"speculative, width {width}", (width + 1) ** 2, width + 1)]
@@ -248,9 +250,10 @@ def _rows(*rows: tuple[str, str]) -> Iterator[str]:
         yield f"  {name:<12}{value}"
 
 
-def _bytes(count: float) -> str:
+def _bytes(count: int) -> str:
+    amount = float(count)
     for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.4g} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"
+        if amount < 1024:
+            return f"{amount:.4g} {unit}"
+        amount /= 1024
+    return f"{amount:.2f} GiB"

@@ -6,6 +6,7 @@ is quick.
 
 import importlib
 import importlib.metadata
+import io
 import logging
 import os
 import sys
@@ -51,6 +52,10 @@ def version() -> str:
 def _run(command: Command) -> int:
     debug = command.debug or os.environ.get("DLLM_JAX_DEBUG", "") not in ("", "0")
     _quiet(debug)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            errors="replace"
+        )  # an answer is not lost to a terminal without UTF-8
     try:
         command.check()
         (commands,) = background(lambda: [_with_jax()])

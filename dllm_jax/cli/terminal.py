@@ -3,25 +3,25 @@
 import contextlib
 import os
 import sys
-from typing import TextIO
 
 from rich.console import Console
+from rich.text import Text
 
-from dllm_jax.watch import Decode, LineView, LiveView, View
+from dllm_jax.watch import Decode, LineView, LiveView, Out, View
 
 
 def note(text: str) -> None:
     """A remark: one dim line on stderr, behind what stdout has so far."""
     sys.stdout.flush()
     whole = not sys.stderr.isatty()  # a log keeps its lines; a terminal breaks them between words
-    _console(sys.stderr).print(text, style="dim", markup=False, soft_wrap=whole)
+    _console(stderr=True).print(text, style="dim", markup=False, soft_wrap=whole)
 
 
 def status(text: str) -> contextlib.AbstractContextManager[object]:
     """A spinner on stderr while something takes long; nothing where there is no terminal."""
     if not is_terminal(sys.stderr):
         return contextlib.nullcontext()
-    return _console(sys.stderr).status(f"[dim]{text} ...[/dim]", spinner_style="dim")
+    return _console(stderr=True).status(Text(f"{text} ...", "dim"), spinner_style="dim")
 
 
 def view(decode: Decode, rows: int, *, keeps: bool) -> View:
@@ -31,16 +31,16 @@ def view(decode: Decode, rows: int, *, keeps: bool) -> View:
       keeps: the view may leave the answer on stdout; else stdout is somebody else's.
     """
     if keeps and is_terminal(sys.stdout):
-        return LiveView(_console(sys.stdout), decode, rows, keeps=True)
+        return LiveView(_console(stderr=False), decode, rows, keeps=True)
     if is_terminal(sys.stderr):
-        return LiveView(_console(sys.stderr), decode, rows, keeps=False)
+        return LiveView(_console(stderr=True), decode, rows, keeps=False)
     return LineView(sys.stderr, decode)
 
 
-def is_terminal(file: TextIO) -> bool:
+def is_terminal(file: Out) -> bool:
     """Whether the cursor can be moved there."""
-    return file.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+    return getattr(file, "isatty", bool)() and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
-def _console(file: TextIO) -> Console:
-    return Console(file=file, highlight=False)
+def _console(*, stderr: bool) -> Console:
+    return Console(stderr=stderr, highlight=False, emoji=False)

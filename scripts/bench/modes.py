@@ -1,0 +1,267 @@
+"""Three modes of one set of weights on fifty prompts: equality, cost, speed, and quality.
+
+    python scripts/bench/modes.py --out scripts/bench/results/modes-cpu
+
+Greedy. Every prompt is answered by `ar` and by `self_speculative`, alone and in ragged batches of eight,
+side by side in one run, warm; then by block diffusion at several thresholds, whose answers are scored by
+the causal mode. Writes <out>.json, <out>.md and <out>.png.
+"""
+
+import dataclasses
+import json
+import platform
+import subprocess
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+import dllm_jax as dj
+
+PROMPTS = Path(__file__).with_name("prompts.txt")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Modes:
+    """What to run."""
+
+    out: Path
+    """Where the results go, without a suffix."""
+    model: str = "smollm2-135m-instruct"
+    adapter: str = "auto"
+    max_new_tokens: int = 64
+    width: int = 4
+    """Drafts of self-speculation."""
+    widths: tuple[int, ...] = (1, 2, 4)
+    """Widths to compare in batches of eight."""
+    block_size: int = 4
+    thresholds: tuple[float, ...] = (0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 0.99)
+    batch: int = 8
+    dtype: str = "float32"
+    limit: int | None = None
+    """Only the first so many prompts."""
+
+
+def main(config: Modes) -> None:
+    """Runs everything and writes the files."""
+    model, params = dj.load(config.model, dtype=config.dtype, adapter=config.adapter)
+    tokenizer = dj.Tokenizer.load(config.model)
+    prompts = PROMPTS.read_text().splitlines()[: config.limit]
+    rows = [tokenizer.chat(prompt) for prompt in prompts]
+    ask = partial(dj.generate, model, params, max_new_tokens=config.max_new_tokens)
+    speculative = dj.recipes.self_speculative(width=config.width)
+    report = {
+        "settings": {k: str(v) for k, v in dataclasses.asdict(config).items()},
+        "device": jax.devices()[0].device_kind,
+        "cores": len(jax.devices()),
+        "versions": {"python": platform.python_version(), "jax": jax.__version__},
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    report["alone"], ar_answers = alone(ask, rows, speculative)
+    report["batches"] = in_batches(ask, rows, ar_answers, config)
+    report["diffusion"] = diffusion(ask, model, params, rows, ar_answers, config)
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    config.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    table = markdown(report, config)
+    config.out.with_suffix(".md").write_text(table)
+    picture(report, config.out.with_suffix(".png"))
+    print(table)
+
+
+def answers(result) -> list[list[int]]:
+    """The tokens of each row, without padding."""
+    return [np.asarray(t)[: int(n)].tolist() for t, n in zip(result.tokens, result.lengths, strict=True)]
+
+
+def timed(ask, rows, recipe):
+    """A result and its seconds."""
+    start = time.perf_counter()
+    result = jax.block_until_ready(ask(rows, recipe=recipe))
+    return result, time.perf_counter() - start
+
+
+def alone(ask, rows, speculative):
+    """Each prompt alone, the two exact modes in turn."""
+    ar = dj.recipes.ar()
+    for bucket in {-(-len(row) // 64) for row in rows}:  # compile every bucket of prompt lengths first
+        row = next(r for r in rows if -(-len(r) // 64) == bucket)
+        for recipe in (ar, speculative):
+            timed(ask, [row], recipe)
+    seconds, equal, nfe, tokens, queries, kept = {"ar": 0.0, "speculative": 0.0}, 0, 0, 0, 0, []
+    for row in rows:
+        plain, took = timed(ask, [row], ar)
+        seconds["ar"] += took
+        fast, took = timed(ask, [row], speculative)
+        seconds["speculative"] += took
+        equal += answers(plain) == answers(fast)
+        nfe, tokens = nfe + int(fast.nfe[0]), tokens + int(fast.lengths[0])
+        queries += int(fast.queries[0])
+        kept += answers(plain)
+    return {
+        "prompts": len(rows),
+        "equal": equal,
+        "tokens": tokens,
+        "speculative_nfe": nfe,
+        "tokens_per_forward": tokens / nfe,
+        "overhead": queries / tokens,
+        "seconds": seconds,
+        "tokens_per_second": {name: tokens / s for name, s in seconds.items()},
+        "speedup": seconds["ar"] / seconds["speculative"],
+    }, kept
+
+
+def _batches(rows, size: int):
+    """Ragged batches of one shape: the last is filled up with the first rows. Yields (indices, rows)."""
+    for start in range(0, len(rows), size):
+        index = [(start + i) % len(rows) for i in range(size)]
+        yield index, dj.pad([rows[i] for i in index], bucket=128)
+
+
+def in_batches(ask, rows, ar_answers, config: Modes) -> list[dict]:
+    """Ragged batches of eight, at several widths, against what `ar` answered to each prompt alone."""
+    table = []
+    for name, recipe in [("ar", dj.recipes.ar())] + [
+        (f"speculative, width {w}", dj.recipes.self_speculative(width=w)) for w in config.widths
+    ]:
+        timed(ask, next(_batches(rows, config.batch))[1], recipe)
+        equal, nfe, tokens, queries, seconds = set(), 0, 0, 0, 0.0
+        for index, batch in _batches(rows, config.batch):
+            result, took = timed(ask, batch, recipe)
+            seconds += took
+            equal |= {i for i, a in zip(index, answers(result), strict=True) if a == ar_answers[i]}
+            nfe, tokens = nfe + int(result.nfe.sum()), tokens + int(result.lengths.sum())
+            queries += int(result.queries.sum())
+        table.append({
+            "mode": name,
+            "equal": len(equal),
+            "tokens_per_forward": tokens / nfe,
+            "overhead": queries / tokens,
+            "tokens_per_second": tokens / seconds,
+        })  # fmt: skip
+    for row in table:
+        row["speedup"] = row["tokens_per_second"] / table[0]["tokens_per_second"]
+    return table
+
+
+def diffusion(ask, model, params, rows, ar_answers, config: Modes) -> list[dict]:
+    """Tokens per forward and the causal mode's log-likelihood of the answer, by threshold."""
+    table = [{
+        "threshold": None,
+        "tokens_per_forward": 1.0,
+        "overhead": 1.0,
+        "log_likelihood": score(model, params, rows, ar_answers, config),
+    }]  # fmt: skip
+    for threshold in config.thresholds:
+        recipe = dj.recipes.block_diffusion(block_size=config.block_size, threshold=threshold)
+        kept, nfe, queries = {}, {}, {}
+        for index, batch in _batches(rows, config.batch):
+            result = ask(batch, recipe=recipe)
+            for place, (i, answer) in enumerate(zip(index, answers(result), strict=True)):
+                kept[i], nfe[i] = answer, int(result.nfe[place])
+                queries[i] = int(result.queries[place])
+        tokens = sum(map(len, kept.values()))
+        table.append({
+            "threshold": threshold,
+            "tokens_per_forward": tokens / sum(nfe.values()),
+            "overhead": sum(queries.values()) / tokens,
+            "log_likelihood": score(model, params, rows, [kept[i] for i in range(len(rows))], config),
+        })  # fmt: skip
+    return table
+
+
+def score(model, params, rows, kept, config: Modes) -> float:
+    """Mean nats of an answer token under the causal mode (0 is certainty)."""
+
+    @jax.jit
+    def log_likelihood(params, tokens):
+        hidden = model.apply({"params": params}, tokens[:, :-1], canvas=False).hidden
+        logits = jax.nn.log_softmax(model.apply({"params": params}, hidden, method="logits"))
+        return jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+
+    total = count = 0
+    width = -(-max(len(r) + len(a) for r, a in zip(rows, kept, strict=True)) // 64) * 64
+    for start in range(0, len(rows), config.batch):
+        index = [(start + i) % len(rows) for i in range(config.batch)]
+        batch = dj.pad([rows[i] + kept[i] for i in index], bucket=width)
+        nats = np.asarray(log_likelihood(params, batch.tokens))
+        for place, i in enumerate(index[: len(rows) - start]):
+            answer = slice(len(rows[i]) - 1, len(rows[i]) + len(kept[i]) - 1)
+            total, count = total + nats[place, answer].sum(), count + len(kept[i])
+    return float(total / count)
+
+
+def markdown(report: dict, config: Modes) -> str:
+    """The results as tables."""
+    a = report["alone"]
+    lines = [
+        f"{report['device']}, jax {report['versions']['jax']}, commit {report['commit']}, {report['date']}; "
+        f"{a['prompts']} prompts, up to {config.max_new_tokens} tokens, greedy, {config.dtype}.",
+        "",
+        f"Alone, width {config.width}: {a['equal']} of {a['prompts']} answers equal to `ar`; "
+        f"{a['tokens_per_forward']:.2f} tokens per forward, overhead {a['overhead']:.1f}; "
+        f"{a['tokens_per_second']['speculative']:.1f} against {a['tokens_per_second']['ar']:.1f} tokens/s "
+        f"({a['speedup']:.2f}x).",
+        "",
+        f"| ragged batches of {config.batch} | equal to `ar` alone | tokens per forward | overhead | tokens/s | against `ar` |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in report["batches"]:
+        lines.append(
+            f"| {r['mode']} | {r['equal']} of {a['prompts']} | {r['tokens_per_forward']:.2f} | "
+            f"{r['overhead']:.1f} | {r['tokens_per_second']:.1f} | {r['speedup']:.2f}x |"
+        )
+    lines += [
+        "",
+        f"| diffusion, block {config.block_size}, threshold | tokens per forward | overhead | nats per answer token under `ar` |",
+        "|---|---|---|---|",
+    ]
+    for r in report["diffusion"]:
+        name = "(`ar` itself)" if r["threshold"] is None else f"{r['threshold']:g}"
+        lines.append(
+            f"| {name} | {r['tokens_per_forward']:.2f} | {r['overhead']:.1f} | {r['log_likelihood']:.3f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def picture(report: dict, path: Path) -> None:
+    """Tokens per forward against log-likelihood."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(6, 4))
+    rows = report["diffusion"][1:]
+    x = [row["tokens_per_forward"] for row in rows]
+    axis.plot(x, [row["log_likelihood"] for row in rows], marker="o", label="diffusion, by threshold")
+    for row in rows:
+        axis.annotate(
+            f"{row['threshold']:g}", (row["tokens_per_forward"], row["log_likelihood"]),
+            textcoords="offset points", xytext=(5, 5), fontsize=8,
+        )  # fmt: skip
+    ar = report["diffusion"][0]
+    axis.plot(ar["tokens_per_forward"], ar["log_likelihood"], "s", label="ar")
+    fast = report["alone"]["tokens_per_forward"]
+    axis.plot(fast, ar["log_likelihood"], "^", label="self_speculative")
+    axis.set_xlabel("tokens per forward")
+    axis.set_ylabel("nats per answer token under the causal mode")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def _commit() -> str:
+    found = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=PROMPTS.parent
+    )
+    return found.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Modes, description=__doc__))

@@ -1,0 +1,586 @@
+"""The command line, on a tiny model with a byte-level tokenizer."""
+
+import dataclasses
+import io
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+from rich.console import Console
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+from dllm_jax import checkpoint
+from dllm_jax.cache import KVCache
+from dllm_jax.cli import main, program
+from dllm_jax.cli.answering import Clock
+from dllm_jax.cli.background import background
+from dllm_jax.cli.describe import activation_bytes, counts
+from dllm_jax.cli.options import Chat, Convert, Generate, Info
+from dllm_jax.nn.adapters import AdapterConfig
+from dllm_jax.nn.transformer import Transformer, TransformerConfig, param_shapes
+from dllm_jax.tokenizer import Tokenizer
+from dllm_jax.watch import Frame, LineView, LiveView, TextView, clean, segments
+from pallas_kernels import BlockMask
+
+ROOT = Path(__file__).resolve().parents[1]
+START, END = 256, 257
+CONFIG = TransformerConfig(
+    vocab_size=258,
+    num_layers=2,
+    dim=16,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    ffn_dim=32,
+    max_length=1 << 20,
+    mask_id=258,
+    eos_ids=(END,),
+    pad_id=END,
+    adapter=AdapterConfig(rank=2),
+)
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}<e>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+FIGURES = re.compile(
+    r"(\d+) tokens in [\d.]+ s \([\d.]+ a second\), ([\d.]+) tokens per forward,"
+    r" overhead [\d.]+, stop: ([\w ,]+); compiled in ([\d.]+) s\n"
+)
+
+
+def byte_tokenizer(template: str | None = TEMPLATE) -> Tokenizer:
+    """One token a byte, and two that mark turns."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: i for i, letter in enumerate(letters)}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(t, normalized=False) for t in ("<s>", "<e>")])
+    special = {"eos_token": "<e>"}
+    return Tokenizer(
+        backend=backend, template=template, special=special, eos_ids=(END,), pad_id=END
+    )
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that writes printable letters, with an adapter that does something."""
+    noise, tokenizer = np.random.default_rng(0), byte_tokenizer()
+    # Not `model.init`, which takes seconds to compile.
+    params = jax.tree.map(
+        lambda leaf: noise.normal(scale=0.3, size=leaf.shape).astype(np.float32),
+        param_shapes(CONFIG),
+    )
+    # Bytes that are no letters, and the end of a turn, get a score that never wins.
+    readable = np.array([tokenizer.decode([i]).isalnum() for i in range(256)] + [False, False])
+    params["head"] = np.where(readable, params["head"] * 3, 0)
+    path = tmp_path_factory.mktemp("cli") / "tiny"
+    checkpoint.save(path, Transformer(CONFIG), jax.tree.map(jnp.asarray, params), tokenizer)
+    return path
+
+
+@pytest.fixture
+def run(folder, monkeypatch, capsys):
+    """Runs a command line in this process, on the tiny model: its code, stdout and stderr."""
+    # Logging and the compilation cache belong to the tests, not to the command.
+    monkeypatch.setattr(program, "_quiet", lambda debug: None)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "set")
+
+    def call(command: str, *arguments: str) -> tuple[int, str, str]:
+        model = ["--model", str(folder)] if command in ("generate", "chat") else []
+        code = main([command, *arguments, *model])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def start(*arguments: str, cache: Path, **options) -> subprocess.Popen[str]:
+    """The command in a process of its own."""
+    environment = {**os.environ, "DLLM_JAX_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "dllm_jax", *arguments]
+    return subprocess.Popen(command, env=environment, text=True, **options)
+
+
+# What is asked
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    {"generate": Generate, "chat": Chat, "convert": Convert, "info": Info}.items(),
+)
+def test_help(name: str, command: type, capsys):
+    with pytest.raises(SystemExit) as error:
+        main([name, "--help"])
+    assert error.value.code == 0
+    text = " ".join(re.sub(r"[^\x20-\x7e\n]", " ", capsys.readouterr().out).split())
+    assert command.__doc__.split(".")[0] in text
+    flags = re.findall(r"(?<= )(?:--[a-z-]+|PROMPT \.\.\.|SOURCE|FOLDER|MODEL)(?= )", text)
+    assert len(set(flags)) >= len(dataclasses.fields(command)) - 1
+    # Every flag is followed by words of its own.
+    assert not re.search(r"--[a-z-]+( [A-Z]+)? \(default", text)
+
+
+def test_help_of_all(capsys):
+    for arguments in ([], ["--help"]):
+        with pytest.raises(SystemExit) as error:
+            main(arguments)
+        assert error.value.code == 0
+        listed = capsys.readouterr().out
+        assert all(name in listed for name in ("generate", "chat", "convert", "info"))
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"dllm-jax {program.version()}\n"
+
+
+def test_help_needs_no_jax():
+    code = (
+        "import sys; from dllm_jax.cli import main\n"
+        "try: main(['generate', '--help'])\n"
+        "except SystemExit: print('jax' in sys.modules, 'flax' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.splitlines()[-1] == "False False"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x", "--threshold", "1.5"], "--threshold 1.5 must be in [0, 1]"),
+        (["x", "--block-size", "0"], "--block-size 0"),
+        (["x", "--width", "0"], "--width 0"),
+        (["x", "--temperature", "-1"], "--temperature -1"),
+        (["x", "--temperature", "nan"], "--temperature nan"),
+        (["x", "--top-k", "-1"], "--top-k -1"),
+        (["x", "--top-p", "0"], "--top-p 0"),
+        (["x", "--seed", "-1"], "--seed -1"),
+        (["x", "--max-new-tokens", "0"], "--max-new-tokens 0"),
+        (["x", "--raw", "--system", "y"], "--system"),
+        ([], "give a prompt"),
+        (["-", "-"], "once"),
+        (["  "], "empty"),
+        (["x", "--adapter", "none"], "--mode ar"),
+        (["x", "--adapter", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_mistakes(run, arguments: list[str], message: str):
+    code, out, err = run("generate", *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("dllm-jax: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_missing_model(run, monkeypatch):
+    code, _, err = run("info", "no/such")
+    assert code == 2
+    assert err.startswith("dllm-jax: no model at 'no/such'")
+    with pytest.raises(FileNotFoundError):
+        run("info", "no/such", "--debug")
+    monkeypatch.setenv("DLLM_JAX_DEBUG", "1")
+    with pytest.raises(FileNotFoundError):
+        run("info", "no/such")
+
+
+@pytest.mark.parametrize("arguments", [["generate", "x", "--mode", "magic"], ["sing"]])
+def test_command_lines_that_do_not_parse(arguments: list[str], capsys):
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2
+    assert capsys.readouterr().err
+
+
+def test_base_model_needs_raw(run, folder, tmp_path):
+    model, params = checkpoint.load(folder)
+    checkpoint.save(tmp_path / "base", model, params, byte_tokenizer(template=None))
+    base = ["--mode", "ar", "--max-new-tokens", "4", "--model", str(tmp_path / "base")]
+    code = main(["generate", "x", *base])
+    assert code == 2
+    assert main(["generate", "x", "--raw", *base]) == 0
+
+
+# generate
+
+
+def test_modes(run):
+    texts = {}
+    for mode in ("ar", "speculative", "diffusion"):
+        options = ["--mode", mode, "--max-new-tokens", "12", "--block-size", "4"]
+        code, out, err = run("generate", "Hello", *options)
+        assert code == 0
+        found = FIGURES.fullmatch(err)
+        assert found, err
+        assert found[1] == "12"
+        assert found[3] == "length"
+        assert out.endswith("\n")
+        texts[mode] = out
+    assert texts["ar"] == texts["speculative"]
+    assert len(texts["ar"].strip()) == 12
+
+
+def test_json(run, folder):
+    prompts = ["Hello", "Is this a longer question?"]
+    options = ["--json", "--mode", "ar", "--max-new-tokens", "6"]
+    code, out, err = run("generate", *prompts, *options)
+    assert code == 0
+    assert FIGURES.fullmatch(err)[3] == "2 length"
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["prompt"] for row in rows] == prompts
+    decode = Tokenizer.load(folder).decode
+    for row in rows:
+        assert row["text"] == decode(row["ids"])
+        assert row["tokens"] == row["forwards"] == len(row["ids"]) == 6
+        assert row["tokens_per_forward"] == 1
+        assert row["overhead"] == row["queries"] / 6
+        assert (row["stop"], row["mode"]) == ("length", "ar")
+        assert row["run_seconds"] > 0
+        assert row["compile_seconds"] >= 0
+    alone = json.loads(run("generate", prompts[0], *options)[1])
+    assert alone["ids"] == rows[0]["ids"]
+    code, out, err = run("generate", *prompts, *options[1:])
+    assert out == f"{rows[0]['text']}\n\n{rows[1]['text']}\n"
+    assert "[2] Is this a longer question?" in err
+
+
+def test_stdin_and_raw(run, monkeypatch):
+    options = ["--mode", "ar", "--max-new-tokens", "6"]
+    told = run("generate", "Hello", *options)[1]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello"))
+    assert run("generate", "-", *options)[1] == told
+    assert run("generate", "--raw", "<s>user: Hello<e><s>assistant: ", *options)[1] == told
+    assert run("generate", "Hello", "--system", "Be brief.", *options)[1] != told
+
+
+def test_seed(run):
+    options = ["--mode", "ar", "--max-new-tokens", "8", "--temperature", "2", "--top-k", "9"]
+    first, again, other = (
+        run("generate", "Hello", *options, "--seed", seed)[1] for seed in ("1", "1", "2")
+    )
+    assert first == again != other
+
+
+@pytest.mark.parametrize("mode", ["diffusion", "speculative"])
+def test_watch_without_a_terminal(run, mode: str):
+    options = ["Hello", "--mode", mode, "--max-new-tokens", "12", "--block-size", "4"]
+    plain = run("generate", *options)[1]
+    code, out, err = run("generate", "--watch", *options)
+    assert code == 0
+    assert out == plain
+    assert "\x1b" not in out + err
+    *lines, figures = err.splitlines()
+    assert FIGURES.fullmatch(figures + "\n")
+    assert [int(line[:4]) for line in lines] == list(range(1, len(lines) + 1))
+    assert all("[" in line for line in lines)  # each step writes something
+    shown = [line[6:].replace("[", "").replace("]", "") for line in lines]
+    assert shown[-1] == plain.strip()
+    assert "░" in shown[0] if mode == "diffusion" else "(" in shown[0]
+
+
+def test_watch_of_a_batch(run):
+    options = ["Hello", "You", "--mode", "ar", "--max-new-tokens", "3"]
+    code, out, err = run("generate", "--watch", *options)
+    assert code == 0
+    assert out == run("generate", *options)[1]
+    assert [line[:3] for line in err.splitlines()[:6]] == ["[1]", "[2]"] * 3
+
+
+# chat
+
+
+def test_chat_through_a_pipe(run, monkeypatch):
+    lines = [
+        "Hello", "Hello", "", "/seed 3", "/seed x", "/mode magic", "/mode ar", "/frobnicate",
+        "/reset", "Hello", "/system Be brief.", "/reset", "Hello", "/help", "/quit", "Not read",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    code, out, err = run("chat", "--mode", "speculative", "--max-new-tokens", "8")
+    assert code == 0
+    first, second, fresh, brief = out.splitlines()
+    assert all(len(answer) == 8 for answer in (first, second, fresh, brief))
+    assert first == fresh  # /reset forgets, and the mode changes how, not what
+    assert second != first  # the history is part of the prompt
+    assert brief != fresh
+    assert len(FIGURES.findall(err)) == 4
+    assert "mode: ar\n" in err
+    assert "dllm-jax: /seed x: give a whole number\n" in err
+    assert "dllm-jax: /mode magic: the modes are diffusion, speculative, ar\n" in err
+    assert "dllm-jax: /frobnicate is no command" in err
+    assert "/system TEXT" in err
+    assert "\x1b" not in out + err
+
+
+def test_chat_ends_with_its_input(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello"))
+    code, out, _ = run("chat", "--mode", "ar", "--max-new-tokens", "8")
+    assert code == 0
+    assert len(out.splitlines()) == 1
+
+
+# Ctrl-C
+
+
+@pytest.mark.parametrize("watch", [False, True])
+def test_interrupt_generate(folder, tmp_path, watch: bool):
+    arguments = ["--mode", "ar", "--max-new-tokens", "60000", "--model", str(folder)]
+    process = start(
+        "generate", "Hello", *arguments, *["--watch"] * watch,
+        cache=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    if watch:
+        assert process.stderr.readline().startswith("   1  ")
+    else:
+        time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == ""
+    assert "Traceback" not in err
+    if watch:
+        assert list((tmp_path / "xla").iterdir())  # compiled programs are kept
+
+
+def test_interrupt_chat(folder, tmp_path):
+    """On a terminal: Ctrl-C stops the answer, Ctrl-D leaves, and the cursor is back."""
+    ours, theirs = pty.openpty()
+    arguments = ["--mode", "ar", "--max-new-tokens", "60000", "--model", str(folder)]
+    process = start(
+        "chat", *arguments, cache=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs,
+        start_new_session=True,
+    )  # fmt: skip
+    os.close(theirs)
+    seen = ""
+
+    def until(text: str) -> None:
+        nonlocal seen
+        deadline = time.monotonic() + 60
+        while text not in seen:
+            assert time.monotonic() < deadline, seen
+            if select.select([ours], [], [], 1)[0]:
+                seen += os.read(ours, 1 << 16).decode(errors="replace")
+        seen = seen.partition(text)[2]
+
+    def type_(text: bytes) -> None:
+        os.write(ours, text)
+
+    try:
+        until("> ")
+        type_(b"Hello\n")
+        until("pass 3")
+        process.send_signal(signal.SIGINT)
+        until("interrupted")
+        until("> ")
+        type_(b"/mode diffusion\n")
+        until("mode: diffusion")
+        until("> ")
+        type_(b"\x04")
+        assert process.wait(timeout=60) == 0
+        assert "\x1b[?25l" not in seen.rpartition("\x1b[?25h")[2]
+        assert "Traceback" not in seen
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+
+
+# convert and info
+
+
+def test_convert_and_info(run, folder, tmp_path):
+    target = tmp_path / "converted"
+    code, out, err = run("convert", str(folder), str(target), "--dtype", "bfloat16")
+    assert (code, out) == (0, "")
+    assert str(target) in err
+    assert "dllm-jax: " in run("convert", str(folder), str(target))[2]  # it exists
+    code, page, err = run("info", str(target), "--batch", "2", "--context", "64")
+    assert (code, err) == (0, "")
+    _, params = checkpoint.load(target)
+    leaves = jax.tree.leaves(params)
+    assert f"{sum(leaf.size for leaf in leaves):,}" in page
+    assert f"{sum(leaf.nbytes for leaf in leaves) / 1024:.4g} KiB" in page
+    cache = CONFIG.num_layers * 2 * 64 * 2 * CONFIG.num_kv_heads * CONFIG.head_dim * 2
+    assert f"{cache / 1024:.4g} KiB" in page
+    for word in (
+        "bfloat16",
+        "mask 258, end 257",
+        "rank 2",
+        "diffusion, block 8",
+        f"jax {jax.__version__}",
+    ):
+        assert word in page
+    bare = run("info", str(target), "--adapter", "none")[1]
+    assert "adapter     none" in bare
+    assert "dllm-jax: --batch 0" in run("info", str(target), "--batch", "0")[2]
+
+
+def test_info_reads_the_model_card(run, folder, tmp_path):
+    model, params = checkpoint.load(folder)
+    meta = {"steps": 7, "data": ["a", "b"]}
+    checkpoint.save_adapter(tmp_path, model.config, params["adapter"], meta)
+    (tmp_path / "README.md").write_text("---\ntags: x\n---\n# Title\n\nMade\nfor tests.\n\nMore.\n")
+    page = run("info", str(folder), "--adapter", str(tmp_path))[1]
+    assert "Made for tests.\n" in page
+    assert "steps 7\n" in page
+    assert "More" not in page
+
+
+def test_counts_are_those_of_the_tree():
+    found = counts(CONFIG)
+    assert sum(found.values()) == sum(leaf.size for leaf in jax.tree.leaves(param_shapes(CONFIG)))
+    assert found["embedding"] == found["head"] == CONFIG.vocab_size * CONFIG.dim
+
+
+def test_activations_are_about_what_the_compiler_allocates():
+    config = dataclasses.replace(CONFIG, dim=64, num_heads=8, num_kv_heads=4, ffn_dim=128)
+    model, batch, context, block = Transformer(config), 4, 512, 8
+
+    def one_pass(params, tokens, kv, lengths):
+        mask, cache = BlockMask.block_diagonal(block), KVCache(kv, lengths)
+        return model.apply({"params": params}, tokens, mask=mask, cache=cache)
+
+    empty = model.cache(batch, context)
+    tokens = jnp.zeros((batch, block), jnp.int32)
+    compiled = (
+        jax.jit(one_pass).lower(param_shapes(config), tokens, empty.kv, empty.lengths).compile()
+    )
+    memory = compiled.memory_analysis()
+    layer = 4 * (counts(config)["attention"] + counts(config)["mlp"]) // config.num_layers
+    held = memory.temp_size_in_bytes + memory.output_size_in_bytes - layer
+    assert activation_bytes(config, batch, context, block) == pytest.approx(held, rel=0.4)
+
+
+# The parts
+
+
+def test_clock_tells_compiling_from_running():
+    double = jax.jit(lambda x: jnp.sin(x) * 2 + jnp.arange(7))
+
+    def timed() -> Clock:
+        with Clock() as clock:
+            double(jnp.ones(7)).block_until_ready()
+            time.sleep(0.05)
+        return clock
+
+    first, second = timed(), timed()
+    assert first.compile > 0
+    assert second.compile == 0
+    assert 0.05 <= second.run < 0.05 + first.compile + 1
+
+
+def test_background():
+    def failing():
+        yield 1
+        raise ValueError("two")
+
+    assert list(background(lambda: range(5))) == list(range(5))
+    got = []
+    with pytest.raises(ValueError, match="two"):
+        got += background(failing)
+    assert list(background(lambda: [], newest=True)) == []
+
+    seen = []
+    for item in background(lambda: range(100), newest=True):
+        seen.append(item)
+        time.sleep(0.01)
+    assert seen[-1] == 99  # the last is never skipped
+    assert seen == sorted(seen)
+
+
+def frame(ids: list[int], *, written: int, drafts: tuple[int, ...] = (), stop: int = 0) -> Frame:
+    """An answer of one row behind a prompt of two tokens."""
+    array = np.array
+    return Frame(
+        tokens=array([[1, 2, *ids]]), prompt=array([2]), written=array([2 + written]),
+        ends=array([2 + len(ids)]), drafts=array([drafts]), stop=array([stop]), nfe=array([1]),
+        queries=array([1]), mask_id=258, eos_ids=(END,),
+    )  # fmt: skip
+
+
+def test_segments():
+    tokenizer = byte_tokenizer()
+    ids = tokenizer.encode("aé")  # é is two tokens
+    before = frame([ids[0], 258, 258, 258], written=1)
+    half = frame([*ids[:2], 258, ids[0]], written=2)
+    whole = frame([*ids, ids[0]], written=4)
+    assert [tuple(s) for s in segments(tokenizer.decode, before, 0, None)] == [
+        ("a", "new"),
+        (" ░░░ ░░░ ░░░", "mask"),
+    ]
+    assert [s.kind for s in segments(tokenizer.decode, half, 0, before)] == ["text", "mask", "new"]
+    assert [tuple(s) for s in segments(tokenizer.decode, whole, 0, half)] == [
+        ("a", "text"),
+        ("é", "new"),
+        ("a", "text"),
+    ]
+    drafted = frame(ids, written=3, drafts=tuple(ids))
+    assert segments(tokenizer.decode, drafted, 0, drafted)[-1] == ("aé", "draft")
+    behind_the_end = frame([ids[0], END, 258, ids[0]], written=2)
+    assert segments(tokenizer.decode, behind_the_end, 0, None) == [("a", "new")]
+
+
+def test_clean():
+    assert clean("a\x1b[2Jb\r\nc\td\x07\x9b") == "a[2Jb\nc\td"
+
+
+def test_live_view_leaves_the_answer():
+    tokenizer = byte_tokenizer()
+    text = "The quick brown fox jumps over the lazy dog, twice.\n\nThen it rests."
+    ids = tokenizer.encode(text)
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=20, height=8, _environ={})
+    with LiveView(console, tokenizer.decode, 1, keeps=True) as view:
+        for done in range(1, len(ids) + 1, 3):
+            view.show(frame(ids[:done] + [258] * 4, written=done))
+        view.show(frame(ids, written=len(ids), stop=1))
+    assert view.keeps
+    assert "\x1b[32m" in file.getvalue() or ";32m" in file.getvalue()  # what is new stands out
+    assert file.getvalue().count("\x1b[?25l") == file.getvalue().count("\x1b[?25h")
+    assert screen(file.getvalue()) == [
+        "The quick brown fox", "jumps over the lazy", "dog, twice.", "", "Then it rests.",
+    ]  # fmt: skip
+
+
+def screen(output: str) -> list[str]:
+    """What a terminal shows after `output`: its lines, colours left out."""
+    lines, row = [""], 0
+    for code, char in re.findall(r"\x1b\[([\d;?]*[A-Za-z])|([^\x1b])", output, re.DOTALL):
+        if char == "\n":
+            row += 1
+            lines += [""] * (row + 1 - len(lines))
+        elif code.endswith("A"):
+            row -= int(code[:-1])
+        elif code == "2K":
+            lines[row] = ""
+        elif char and char != "\r":
+            lines[row] += char
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return [line.rstrip() for line in lines]
+
+
+def test_line_view_and_text_view():
+    tokenizer = byte_tokenizer()
+    ids = tokenizer.encode("one\ntwö")
+    for kind, expected in (
+        (LineView, ["   1  [one\\nt] ░░░", "   1  one\\nt[wö]"]),
+        (TextView, ["one", "twö"]),
+    ):
+        file = io.StringIO()
+        with kind(file, tokenizer.decode) as view:
+            view.show(frame([*ids[:5], 258], written=5))
+            view.show(frame(ids, written=len(ids), stop=1))
+        assert file.getvalue().splitlines() == expected
