@@ -13,3 +13,6 @@ Params = dict[str, Any]
 
 Key = jax.Array
 """A typed PRNG key (`jax.random.key`), or an array of them."""
+
+Number = Any
+"""A Python number or a traced scalar: a leaf of a pytree, which JAX may replace by whatever it traces with."""

@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, settings
 
 # Before any backend starts. The devices are virtual: a test process has no more cores than before.
 jax.config.update("jax_num_cpu_devices", 8)
+# Tests compile many tiny programs and run each a few times.
+jax.config.update("jax_disable_most_optimizations", True)
 
 # The first example compiles, so there is no deadline.
 settings.register_profile(

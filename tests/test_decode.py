@@ -270,7 +270,9 @@ class Leftmost(NamedTuple):
 def test_a_policy_of_ones_own_plugs_in():
     recipe = recipes.BlockDiffusion(block_size=4, commit=Leftmost(2))
     res = generate(MODEL, PARAMS, ROWS, recipe=recipe, max_new_tokens=BUDGET)
-    assert (res.tokens_per_forward > 1).all()
+    # The first step of a block writes its first position and two more, the next one the last.
+    blocks = -(-np.asarray(res.lengths) // 4)
+    assert (np.asarray(res.nfe) <= 2 * blocks).all()
 
 
 def test_generate_can_be_jitted():

@@ -113,8 +113,7 @@ def _commit(model, params, recipe, keys, state: DecodeState, shifted) -> DecodeS
     if keys is None:
         tokens = logits.argmax(axis=-1).astype(jnp.int32)
     else:
-        probs = probabilities(logits, recipe.sampling)
-        tokens = draw(keys, positions, _TOKEN, probs)
+        tokens = draw(keys, positions, _TOKEN, probabilities(logits, recipe.sampling))
     confidence = jnp.take_along_axis(probs, tokens[..., None], axis=-1)[..., 0]
 
     end = jnp.where(is_end(canvas, eos_ids), index, size).min(axis=1)  # nothing behind an end is needed

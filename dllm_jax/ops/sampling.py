@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dllm_jax.typing import Key
+from dllm_jax.typing import Key, Number
 
 
 @jax.tree_util.register_dataclass
@@ -14,9 +14,9 @@ from dllm_jax.typing import Key
 class Sampling:
     """How a token is drawn. All numbers are traced: changing one does not compile again."""
 
-    temperature: float | jax.Array = 0.0  # 0: the most probable token
-    top_k: int | jax.Array = 0  # keep the k most probable tokens; 0: all
-    top_p: float | jax.Array = 1.0  # then the smallest set with this much probability; 1: all
+    temperature: Number = 0.0  # 0: the most probable token
+    top_k: Number = 0  # keep the k most probable tokens; 0: all
+    top_p: Number = 1.0  # then the smallest set with this much probability; 1: all
 
     def check(self) -> None:
         """Raises ValueError on a value outside its range (outside jit, where values are known)."""

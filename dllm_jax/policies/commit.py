@@ -11,13 +11,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dllm_jax.typing import Number
+
 
 class CommitView(NamedTuple):
     """What a policy sees of a block of T positions."""
 
-    probs: jax.Array  # float32[B, T, V]: the distribution of each position
+    probs: jax.Array  # float32[B, T, V]: the model's distribution of each position, before any temperature
     tokens: jax.Array  # int32[B, T]: the token that would be written
-    confidence: jax.Array  # float32[B, T]: its probability
+    confidence: jax.Array  # float32[B, T]: its probability among `probs`
     masked: jax.Array  # bool[B, T]: positions that may be written
     step: jax.Array  # int32[B]: denoising steps that this block has had
 
@@ -27,7 +29,7 @@ class CommitView(NamedTuple):
 class ConfidenceThreshold:
     """Every position whose token has a probability over the threshold (Fast-dLLM, section 3.3)."""
 
-    threshold: float | jax.Array = 0.9
+    threshold: Number = 0.9
 
     def commit(self, view: CommitView) -> jax.Array:
         return view.masked & (view.confidence > self.threshold)
@@ -42,7 +44,7 @@ class EntropyBound:
     `bound` (nats).
     """
 
-    bound: float | jax.Array = 0.1
+    bound: Number = 0.1
 
     def commit(self, view: CommitView) -> jax.Array:
         logs = jnp.log(jnp.maximum(view.probs, jnp.finfo(jnp.float32).tiny))
@@ -59,7 +61,7 @@ class EntropyBound:
 class Quota:
     """The `count` most confident positions (LLaDA's low-confidence remasking with a fixed quota)."""
 
-    count: int | jax.Array = 1
+    count: Number = 1
 
     def commit(self, view: CommitView) -> jax.Array:
         confidence = jnp.where(view.masked, view.confidence, -jnp.inf)
