@@ -1,14 +1,14 @@
 """Diffusion language models in JAX: load, decode, watch, train.
 
-    import dllm_jax as dj
+import dllm_jax as dj
 
-    model, params = dj.load("smollm2-135m-instruct")
-    tokenizer = dj.Tokenizer.load("smollm2-135m-instruct")
-    out = dj.generate(
-        model, params, [tokenizer.chat("Why is the sky blue?")],
-        recipe=dj.recipes.block_diffusion(), max_new_tokens=64,
-    )
-    print(tokenizer.decode(out.tokens[0]))
+model, params = dj.load("smollm2-135m-instruct")
+tokenizer = dj.Tokenizer.load("smollm2-135m-instruct")
+out = dj.generate(
+    model, params, [tokenizer.chat("Why is the sky blue?")],
+    recipe=dj.recipes.block_diffusion(), max_new_tokens=64,
+)
+print(tokenizer.decode(out.tokens[0]))
 """
 
 import importlib
@@ -62,7 +62,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    """Imports a public name when it is first used, so that `import dllm_jax` alone stays instant."""
+    """Imports a public name at its first use: `import dllm_jax` alone stays instant."""
     if name in _HOME:
         value = getattr(importlib.import_module(f"dllm_jax.{_HOME[name]}"), name)
     elif name in _ROOMS:

@@ -1,8 +1,11 @@
-"""The KV cache: static slots, left-aligned, one length per row; read while a block is denoised, appended once.
+"""The KV cache: static slots, left-aligned, one length per row.
 
-Keys and values lie side by side in the last axis of one stacked array, so that a scan over the layers can
-close over it and pick a layer by its number without a copy, and a head size of 64 fills a TPU's 128 lanes.
-Slot i of a row holds the token at position i. Taking tokens back is a smaller length.
+It is read while a block is denoised and appended to once the block is done.
+
+Keys and values lie side by side in the last axis of one stacked array, so that a scan over the
+layers can close over it and pick a layer by its number without a copy, and a head size of 64 fills
+a TPU's 128 lanes. Slot i of a row holds the token at position i. Taking tokens back is a smaller
+length.
 """
 
 import dataclasses
@@ -35,13 +38,12 @@ def allocate(
     return KVCache(kv, jnp.zeros(batch, jnp.int32))
 
 
-def append(
-    cache: KVCache, kv: Float[Array, "Ly B K Q H2"], counts: Int[Array, "B"]
-) -> KVCache:
+def append(cache: KVCache, kv: Float[Array, "Ly B K Q H2"], counts: Int[Array, "B"]) -> KVCache:
     """Writes `Q` entries behind each row's valid slots and keeps the first `counts[b]` of them.
 
-    The entries past the count are written too and overwritten by the next append: a row's buffer needs
-    `Q` slots behind its length, and `lax.dynamic_update_slice` would shift a write that overruns it.
+    The entries past the count are written too and overwritten by the next append: a row's buffer
+    needs `Q` slots behind its length, and `lax.dynamic_update_slice` would shift a write that
+    overruns it.
     """
     if kv.shape[3] > cache.slots:
         raise ValueError(f"{kv.shape[3]} entries do not fit a cache of {cache.slots} slots")

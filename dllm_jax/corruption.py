@@ -11,12 +11,12 @@ from dllm_jax.typing import Key
 
 
 class NoisyBlocks(NamedTuple):
-    """The noisy stream of a dual-stream batch: G blocks of T entries a row, side by side (Q = G * T)."""
+    """The noisy stream of a dual-stream batch: a row has G blocks of T entries, Q = G * T."""
 
     tokens: jax.Array  # int32[B, Q]: the text with masks in it
     positions: jax.Array  # int32[B, Q]
     prefix: jax.Array  # int32[B, Q]: the block's start; the clean tokens before it are visible
-    targets: jax.Array  # int32[B, Q]: what the output at an entry should be (shifted: the next token)
+    targets: jax.Array  # int32[B, Q]: what the output should be (shifted: the next token)
     weights: jax.Array  # float32[B, Q]: 0 where there is nothing to learn
     whole: jax.Array  # bool[B, Q]: entries of blocks that are all masks
 
@@ -25,10 +25,11 @@ class NoisyBlocks(NamedTuple):
 class MaskedBlocks:
     """Blocks of mask noise, tiled over the answer of each row.
 
-    Blocks lie side by side from a random offset and wrap around the answer, so that every answer token is
-    covered about equally often, at every place in a block. A share of the blocks is all masks: what a
-    drafter sees. In the others the first token is visible, as it is when a block is being denoised (the
-    causal mode writes it), and each other token is masked with the block's own probability t ~ U(0, 1).
+    Blocks lie side by side from a random offset and wrap around the answer, so that every answer
+    token is covered about equally often, at every place in a block. A share of the blocks is all
+    masks: what a drafter sees. In the others the first token is visible, as it is when a block is
+    being denoised (the causal mode writes it), and each other token is masked with the block's own
+    probability t ~ U(0, 1).
     """
 
     block_size: int = 4
@@ -48,10 +49,11 @@ class MaskedBlocks:
         prompts: Int[Array, "B"],
         mask_id: int,
     ) -> NoisyBlocks:
-        """The noisy stream for one batch of texts. Targets are shifted: entry i learns token i + 1."""
+        """The noisy stream of one batch. Targets are shifted: entry i learns token i + 1."""
         batch, size = tokens.shape[0], self.block_size
         offset_key, whole_key, level_key, mask_key = jax.random.split(key, 4)
-        span = jnp.maximum(lengths - 1 - prompts, 1)  # a block may start anywhere before the last token
+        # A block may start anywhere before the last token.
+        span = jnp.maximum(lengths - 1 - prompts, 1)
         offset = jax.random.randint(offset_key, (batch, 1), 0, 1 << 20)
         starts = prompts[:, None] + (offset + jnp.arange(self.blocks) * size) % span[:, None]
 
@@ -66,9 +68,14 @@ class MaskedBlocks:
             flat = jnp.minimum(index, tokens.shape[1] - 1).reshape(batch, -1)
             return jnp.take_along_axis(tokens, flat, axis=1).reshape(shape)
 
-        # An entry has something to learn when its target is hidden from it: masked, or outside the block.
+        # An entry has something to learn when its target is hidden from it: a mask of its block. What
+        # lies behind the block is drafted by a mask at its last place; a visible token has no need to.
         hidden = jnp.concatenate([masked[..., 1:], masked[..., -1:]], axis=-1)
-        learns = hidden & (positions + 1 < lengths[:, None, None]) & (prompts < lengths - 1)[:, None, None]
+        learns = (
+            hidden
+            & (positions + 1 < lengths[:, None, None])
+            & (prompts < lengths - 1)[:, None, None]
+        )
         weights = jnp.where(learns, self.decay**place, 0.0)
 
         def flat(x):

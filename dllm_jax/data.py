@@ -1,7 +1,7 @@
 """Conversations on disk, and the batches that training reads: shuffled, endless, resumable.
 
-A part is one `.npz` file of a few dozen conversations. The pipeline is a `grain` iterator, whose position
-(`get_state`, `set_state`) goes into a checkpoint with the parameters.
+A part is one `.npz` file of a few dozen conversations. The pipeline is a `grain` iterator, whose
+position (`get_state`, `set_state`) goes into a checkpoint with the parameters.
 """
 
 from collections.abc import Sequence
@@ -21,10 +21,16 @@ def write_part(path: Path, rows: Sequence[Sequence[int]], prompts: Sequence[int]
       prompts: how many of a row's first ids are the prompt; the rest is the answer.
     """
     lengths = np.array([len(row) for row in rows], np.int32)
-    flat = np.concatenate([np.asarray(row, np.int32) for row in rows]) if rows else np.zeros(0, np.int32)
+    flat = (
+        np.concatenate([np.asarray(row, np.int32) for row in rows])
+        if rows
+        else np.zeros(0, np.int32)
+    )
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
-        np.savez_compressed(file, tokens=flat, lengths=lengths, prompts=np.asarray(prompts, np.int32))
+        np.savez_compressed(
+            file, tokens=flat, lengths=lengths, prompts=np.asarray(prompts, np.int32)
+        )
     partial.rename(path)
 
 
@@ -32,7 +38,7 @@ class Conversations:
     """The conversations of a split, as a random-access source for `grain`."""
 
     def __init__(self, folder: str | Path, split: str, limit: int | None = None):
-        """Reads the parts `<split>-*.npz` of a folder; `limit` keeps the first so many conversations.
+        """Reads the parts `<split>-*.npz` of a folder; `limit` keeps the first so many rows.
 
         Raises:
           FileNotFoundError: the folder has no part of that split.
@@ -46,8 +52,7 @@ class Conversations:
         self.rows: list[tuple[np.ndarray, int]] = []
         for path in paths:
             with np.load(path) as part:
-                ends = np.cumsum(part["lengths"])[:-1]
-                rows = np.split(part["tokens"], ends)
+                rows = np.split(part["tokens"], np.cumsum(part["lengths"]))[:-1]
                 self.rows += [(r, int(p)) for r, p in zip(rows, part["prompts"], strict=True)]
         self.rows = self.rows[:limit]
 
@@ -57,7 +62,7 @@ class Conversations:
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         return self.rows[index]
 
-    def __repr__(self) -> str:  # grain compares it when a saved position is restored
+    def __repr__(self) -> str:
         return f"Conversations({self.folder!r}, {self.split!r}, {len(self)} rows)"
 
     @property
@@ -89,4 +94,6 @@ def batches(
     if len(source) < batch:
         raise ValueError(f"{len(source)} conversations do not fill a batch of {batch}")
     dataset = grain.MapDataset.source(source).seed(seed).shuffle().map(row).repeat()
-    return iter(dataset.batch(batch).to_iter_dataset())
+    # The rows are in memory: threads that read ahead (500 batches by default) would only cost.
+    here = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    return iter(dataset.batch(batch).to_iter_dataset(here))

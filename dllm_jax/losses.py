@@ -2,8 +2,9 @@
 
     loss = ar_weight * CE(clean i -> token i + 1) + CE(noisy i -> token i + 1, hidden from it)
 
-(frontier models train this jointly: TiDAR 2511.08923, Nemotron-Labs-Diffusion 2607.05722). The clean pass
-runs once for all noisy blocks of a row, which read its keys and values as a decoder reads its cache.
+(frontier models train this jointly: TiDAR 2511.08923, Nemotron-Labs-Diffusion 2607.05722). The
+clean pass runs once for all noisy blocks of a row, which read its keys and values as a decoder
+reads its cache.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from dllm_jax.cache import KVCache
 from dllm_jax.corruption import MaskedBlocks
-from dllm_jax.nn.transformer import Transformer
+from dllm_jax.nn.transformer import Transformer, forward, logits_of
 from dllm_jax.typing import Key, Params
 from pallas_kernels import BlockMask
 
@@ -24,7 +25,8 @@ class DualStream:
     """The joint objective; static under jit."""
 
     noise: MaskedBlocks = MaskedBlocks()
-    ar_weight: float = 0.0  # an adapter gated to masks cannot change the clean stream: 0 saves its logits
+    # An adapter that only masks feel cannot change the clean stream: 0 saves its logits.
+    ar_weight: float = 0.0
     frozen_layers: int = 0  # layers without trainable parameters below the first that has some
 
     def loss(
@@ -37,15 +39,19 @@ class DualStream:
         """The loss of a batch (`data.batches`), and figures about it.
 
         Returns:
-          The loss in nats per learnt token, and a dict of scalars: `diffusion` (its noisy part), `ar`
-          (when weighted), and for the blocks that are all masks `accuracy_0`, `accuracy_1`, ... by place
-          in the block, and `accepted`, the expected number of drafts that a greedy check would pass.
+          The loss in nats per learnt token, and a dict of scalars: `diffusion` (its noisy part),
+          `ar` (when weighted), and for the blocks that are all masks `accuracy_0`, `accuracy_1`,
+          ... by place in the block, and `accepted`, the expected number of drafts that a greedy
+          check would pass.
         """
-        tokens, lengths = batch["tokens"], batch["lengths"]
-        clean = model.apply({"params": params}, tokens, lengths=lengths, canvas=False)
-        noisy = self.noise.draw(key, tokens, lengths, batch["prompts"], model.config.mask_id)
-        out = model.apply(
-            {"params": params},
+        tokens, lengths, mask_id = batch["tokens"], batch["lengths"], model.config.mask_id
+        if mask_id is None:
+            raise ValueError("the model has no mask token to train; set mask_id in its config")
+        clean = forward(model, params, tokens, lengths=lengths, canvas=False)
+        noisy = self.noise.draw(key, tokens, lengths, batch["prompts"], mask_id)
+        out = forward(
+            model,
+            params,
             noisy.tokens,
             mask=BlockMask.block_diagonal(self.noise.block_size),
             positions=noisy.positions,
@@ -53,7 +59,7 @@ class DualStream:
             cache_end=noisy.prefix,
             frozen_layers=self.frozen_layers,
         )
-        logits = model.apply({"params": params}, out.hidden, method="logits")
+        logits = logits_of(model, params, out.hidden)
         nats = cross_entropy(logits, noisy.targets)
         total = jnp.maximum(noisy.weights.sum(), 1.0)
         loss = diffusion = (nats * noisy.weights).sum() / total
@@ -61,8 +67,10 @@ class DualStream:
         if self.ar_weight:
             scored = jnp.arange(tokens.shape[1] - 1)
             weights = (scored + 1 >= batch["prompts"][:, None]) & (scored + 1 < lengths[:, None])
-            logits = model.apply({"params": params}, clean.hidden[:, :-1], method="logits")
-            ar = (cross_entropy(logits, tokens[:, 1:]) * weights).sum() / jnp.maximum(weights.sum(), 1)
+            logits = logits_of(model, params, clean.hidden[:, :-1])
+            ar = (cross_entropy(logits, tokens[:, 1:]) * weights).sum() / jnp.maximum(
+                weights.sum(), 1
+            )
             figures["ar"] = ar
             loss = loss + self.ar_weight * ar
         return loss, figures
@@ -77,9 +85,7 @@ class DualStream:
         return {**{f"accuracy_{j}": accuracy[j] for j in range(size)}, "accepted": accepted}
 
 
-def cross_entropy(
-    logits: Float[Array, "*B V"], targets: Int[Array, "*B"]
-) -> Float[Array, "*B"]:
+def cross_entropy(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float[Array, "*B"]:
     """Nats of each target under softmax(logits), float32."""
     logits = logits.astype(jnp.float32)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]

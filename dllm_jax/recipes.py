@@ -1,4 +1,4 @@
-"""Named ways to decode, as data: a recipe is a pytree whose numbers are traced and whose widths are static."""
+"""Named ways to decode, as data: pytrees whose numbers are traced and whose widths are static."""
 
 import dataclasses
 from typing import Any
@@ -12,10 +12,10 @@ from dllm_jax.policies.commit import ConfidenceThreshold
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verified:
-    """Tokens of the causal mode, exactly; with `width` > 0, drafted by the diffusion mode and verified.
+    """Tokens of the causal mode, exactly; `width` > 0 drafts them by diffusion and verifies.
 
-    Each forward pass holds the last token, `width` drafts, and `width` masks behind every outcome of
-    their verification, (width + 1) ** 2 entries in all, so drafting and checking share one pass.
+    Each forward pass holds the last token, `width` drafts, and `width` masks behind every outcome
+    of their verification, (width + 1) ** 2 entries in all, so drafting and checking share one pass.
     """
 
     width: int = dataclasses.field(default=0, metadata={"static": True})
@@ -34,7 +34,7 @@ class BlockDiffusion:
     The pass that caches a finished block is also the first denoising step of the next one.
     """
 
-    block_size: int = dataclasses.field(default=8, metadata={"static": True})
+    block_size: int = dataclasses.field(default=4, metadata={"static": True})
     commit: Any = ConfidenceThreshold()  # anything with `commit(view) -> bool[B, T]`
     sampling: Sampling = Sampling()
 
@@ -52,10 +52,10 @@ def ar(*, temperature=0.0, top_k=0, top_p=1.0) -> Verified:
 
 
 def self_speculative(*, width: int = 4, temperature=0.0, top_k=0, top_p=1.0) -> Verified:
-    """The tokens of `ar`, several a forward pass: drafted by the diffusion mode, checked by the causal one.
+    """The tokens of `ar`, several a pass: drafted by diffusion, checked causally.
 
-    Greedy: the same tokens as `ar`. With a temperature: the same distribution, by acceptance and residual
-    resampling (Leviathan et al. 2023; drafts behind every outcome: TiDAR, 2511.08923).
+    Greedy: the same tokens as `ar`. With a temperature: the same distribution, by acceptance and
+    residual resampling (Leviathan et al. 2023; drafts behind every outcome: TiDAR, 2511.08923).
     """
     if width < 1:
         raise ValueError(f"width={width} must be at least 1; recipes.ar() drafts nothing")
@@ -63,7 +63,7 @@ def self_speculative(*, width: int = 4, temperature=0.0, top_k=0, top_p=1.0) -> 
 
 
 def block_diffusion(
-    *, block_size: int = 8, threshold=0.9, temperature=0.0, top_k=0, top_p=1.0
+    *, block_size: int = 4, threshold=0.9, temperature=0.0, top_k=0, top_p=1.0
 ) -> BlockDiffusion:
     """Block diffusion with a confidence threshold and an exact prefix cache."""
     return BlockDiffusion(

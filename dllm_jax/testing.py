@@ -1,6 +1,9 @@
 """Tiny models for tests, ours and yours: real code, random weights, milliseconds."""
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 
 from dllm_jax.nn.adapters import AdapterConfig
 from dllm_jax.nn.transformer import Transformer, TransformerConfig
@@ -16,14 +19,14 @@ def tiny(
       sharpness: scales the head, so that greedy choices are not decided by rounding.
       changes: fields of `TransformerConfig` to replace.
     """
-    fields = dict(
+    fields: dict[str, Any] = dict(
         vocab_size=vocab_size, num_layers=2, dim=32, num_heads=4, num_kv_heads=2, head_dim=8,
         ffn_dim=48, max_length=512, tied_head=False, mask_id=vocab_size, eos_ids=(1,), pad_id=0,
         adapter=AdapterConfig(rank=4) if adapter else None,
     )  # fmt: skip
     config = TransformerConfig(**{**fields, **changes})
     model = Transformer(config)
-    params = model.init(jax.random.key(seed), jax.numpy.zeros((1, 2), "int32"))["params"]
+    params: Any = model.init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
     if "head" in params:
         params["head"] = params["head"] * sharpness
     if config.adapter:
@@ -36,5 +39,6 @@ def _stir(key, adapter: Params) -> Params:
     leaves, tree = jax.tree.flatten(adapter)
     keys = jax.random.split(key, len(leaves))
     return jax.tree.unflatten(
-        tree, [0.3 * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+        tree,
+        [0.3 * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)],
     )

@@ -1,14 +1,14 @@
-"""The training step and the loop around it; adaptation of an autoregressive model to block diffusion.
+"""The training step and the loop around it: from an autoregressive model to block diffusion.
 
 A run is a folder:
 
-    <run>/checkpoints/   Orbax: the trainable parameters, the optimiser, and the position in the data
+    <run>/checkpoints/   Orbax: the trained parameters, the optimiser, and the position in the data
     <run>/metrics.jsonl  one line a logged step
     <run>/loss.png       the curve, when matplotlib is there
 
-Interrupted (SIGTERM, SIGINT) it saves and returns; killed, it falls back to the last checkpoint. Started
-again on the same folder it continues on the numbers of an uninterrupted run: every step draws its noise
-from (seed, step), and the data iterator's position is part of the checkpoint.
+Interrupted (SIGTERM, SIGINT) it saves and returns; killed, it falls back to the last checkpoint.
+Started again on the same folder it continues on the numbers of an uninterrupted run: every step
+draws its noise from (seed, step), and the data iterator's position is part of the checkpoint.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import json
 import signal
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from orbax.checkpoint import v1 as ocp
 
 from dllm_jax.data import Conversations, batches
 from dllm_jax.losses import DualStream
+from dllm_jax.models.tensors import leaves
 from dllm_jax.nn.transformer import Transformer
 from dllm_jax.typing import Key, Params
 
@@ -56,8 +58,8 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """A jitted `step(state, params, batch, key) -> (state, figures)`; `state` is donated.
 
-    `params` are all parameters; those that `state.trainable` holds are taken from the state. The noise is
-    drawn from `fold_in(key, state.step)`.
+    `params` are all parameters; those that `state.trainable` holds are taken from the state. The
+    noise is drawn from `fold_in(key, state.step)`.
     """
 
     def step(state: TrainState, params: Params, batch, key: Key):
@@ -78,15 +80,21 @@ def evaluate(
     model: Transformer, params: Params, objective: DualStream, source: Conversations, *, batch: int,
     length: int, seed: int = 0, limit: int = 64,
 ) -> dict[str, float]:  # fmt: skip
-    """Mean figures of the objective over the first `limit` conversations, with noise fixed by `seed`."""
-    loss = jax.jit(lambda p, b, k: objective.loss(model, p, b, k)[1])
+    """Mean figures of the objective over `limit` conversations, the same ones for the same seed."""
+    batch = min(batch, len(source))
     data = batches(source, batch=batch, length=length, pad_id=model.config.pad_id, seed=seed)
     count = max(1, min(limit, len(source)) // batch)
+    key = jax.random.key(seed)
     rows = [
-        jax.device_get(loss(params, next(data), jax.random.fold_in(jax.random.key(seed), i)))
+        jax.device_get(_figures(model, objective, params, next(data), jax.random.fold_in(key, i)))
         for i in range(count)
     ]
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+
+
+@partial(jax.jit, static_argnums=(0, 1))  # compiled once, however often a run evaluates
+def _figures(model: Transformer, objective: DualStream, params: Params, batch, key: Key):
+    return objective.loss(model, params, batch, key)[1]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,14 +129,18 @@ def fit(
       state: a fresh state (`create`); replaced by the folder's newest checkpoint when there is one.
 
     Returns:
-      The last state, which is also on disk.
+      The last state, which is also on disk when any step was made.
+
+    Raises:
+      ValueError: the folder holds a run of other parameters or another optimiser.
     """
     run.mkdir(parents=True, exist_ok=True)
     step = make_train_step(model, objective, tx)
     shape = dict(batch=config.batch, length=config.length)
     data = batches(source, pad_id=model.config.pad_id, seed=config.seed, **shape)
     key = jax.random.key(config.seed)
-    deadline = time.monotonic() + 60 * config.minutes if config.minutes else float("inf")
+    budget = float("inf") if config.minutes is None else 60 * config.minutes
+    deadline = time.monotonic() + budget
     with _checkpointer(run) as checkpointer, _interrupts() as interrupted:
         state = _restore(checkpointer, state, data)
         done = int(state.step)
@@ -141,7 +153,11 @@ def fit(
                     figures = {name: float(v) for name, v in jax.device_get(figures).items()}
                     write({"step": done, **figures, "seconds": time.perf_counter() - start})
                     show(done, figures)
-                if heldout is not None and config.evaluate_every and done % config.evaluate_every == 0:
+                if (
+                    heldout is not None
+                    and config.evaluate_every
+                    and done % config.evaluate_every == 0
+                ):
                     figures = evaluate(
                         model, {**params, **state.trainable}, objective, heldout, **shape
                     )
@@ -157,7 +173,9 @@ def fit(
 def _checkpointer(run: Path) -> Iterator[ocp.training.Checkpointer]:
     policies = ocp.training.preservation_policies
     checkpointer = ocp.training.Checkpointer(
-        (run / "checkpoints").absolute(), preservation_policy=policies.LatestN(2)
+        (run / "checkpoints").absolute(),
+        preservation_policy=policies.LatestN(2),
+        cleanup_tmp_directories=True,  # what a killed process left half written
     )
     try:
         yield checkpointer
@@ -166,49 +184,55 @@ def _checkpointer(run: Path) -> Iterator[ocp.training.Checkpointer]:
 
 
 def _save(checkpointer, state: TrainState, data) -> None:
+    """Writes the state and the data's position, unless this step, or none, is what the disk has."""
     step = int(state.step)
-    if checkpointer.latest is None or checkpointer.latest.step < step:
-        checkpointer.save(step, _as_dict(state), custom_metadata={"data": _jsonable(data.get_state())})
+    if step > (checkpointer.latest.step if checkpointer.latest else 0):
+        checkpointer.save(step, _as_dict(state), custom_metadata={"data": data.get_state()})
 
 
 def _restore(checkpointer, state: TrainState, data) -> TrainState:
-    """The newest checkpoint, and the data iterator set to its position; the given state if there is none."""
+    """The newest checkpoint, with `data` set to its position; without one, the given state."""
     latest = checkpointer.latest
     if latest is None:
         return state
-    position = checkpointer.metadata(latest).custom_metadata["data"]
-    data.set_state(_from_json(position))
+    saved = checkpointer.metadata(latest)
     target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _as_dict(state)
     )
-    try:
-        loaded = checkpointer.load(latest, target)
-    except (ValueError, KeyError) as error:
-        raise ValueError(
-            f"the checkpoint of step {latest.step} does not fit this run's parameters and optimiser: "
-            f"continue it with the settings it was started with, or choose another folder ({error})"
-        ) from error
-    return TrainState(loaded["step"], loaded["trainable"], jax.tree.unflatten(
-        jax.tree.structure(state.opt_state), jax.tree.leaves(loaded["opt_state"])
-    ))  # fmt: skip
+    _check(saved.metadata, target, latest.step)
+    loaded = checkpointer.load(latest, target)
+    data.set_state(saved.custom_metadata["data"])
+    optimiser = jax.tree.structure(state.opt_state)
+    return TrainState(
+        loaded["step"],
+        loaded["trainable"],
+        jax.tree.unflatten(optimiser, jax.tree.leaves(loaded["opt_state"])),
+    )
+
+
+def _check(saved: Params, target: Params, step: int) -> None:
+    """Raises ValueError when a checkpoint's arrays are not those of this run."""
+
+    def shapes(tree: Params) -> dict[str, str]:
+        return {name: f"{x.dtype}{list(x.shape)}" for name, x in leaves(tree)}
+
+    theirs, ours = shapes(saved), shapes(target)
+    for name in sorted(theirs.keys() | ours.keys(), reverse=True):  # parameters first
+        if theirs.get(name) != ours.get(name):
+            raise ValueError(
+                f"the checkpoint of step {step} does not fit this run: its {name} is "
+                f"{theirs.get(name, 'missing')}, here it is {ours.get(name, 'missing')}; continue "
+                "it with the settings it was started with, or choose another folder"
+            )
 
 
 def _as_dict(state: TrainState) -> Params:
-    """Plain containers, with the optimiser's leaves in order: a checkpoint that outlives its classes."""
-    leaves = jax.tree.leaves(state.opt_state)
+    """Plain containers, the optimiser's leaves in order: a checkpoint outlives its classes."""
     return {
         "step": state.step,
         "trainable": state.trainable,
-        "opt_state": {f"{i:04d}": leaf for i, leaf in enumerate(leaves)},
+        "opt_state": {f"{i:04d}": leaf for i, leaf in enumerate(jax.tree.leaves(state.opt_state))},
     }
-
-
-def _jsonable(position: Any) -> Any:
-    return position.decode() if isinstance(position, bytes) else position
-
-
-def _from_json(position: Any) -> Any:
-    return position
 
 
 @contextlib.contextmanager
@@ -228,8 +252,10 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
 def _metrics(path: Path, done: int) -> Iterator[Callable[[dict[str, float]], None]]:
     """Appends JSON lines; lines of steps that the checkpoint does not know are dropped first."""
     if path.exists():
-        kept = [r for r in read_metrics(path) if r["step"] <= done]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        kept = [row for row in read_metrics(path) if row["step"] <= done]
+        rewritten = path.with_suffix(".partial")
+        rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        rewritten.rename(path)  # whole or not at all: a kill here loses no line
     with path.open("a", buffering=1) as file:
         yield lambda row: print(json.dumps(row), file=file)
 
@@ -279,11 +305,16 @@ def plot(run: Path) -> Path | None:
 
     rows = read_metrics(run / "metrics.jsonl")
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
-    for axis, names in ((left, ("loss", "heldout_diffusion")), (right, ("accepted", "heldout_accepted"))):
+    for axis, names in (
+        (left, ("loss", "heldout_diffusion")),
+        (right, ("accepted", "heldout_accepted")),
+    ):
         for name in names:
             points = [(row["step"], row[name]) for row in rows if name in row]
             if points:
-                axis.plot(*zip(*points, strict=True), label=name, marker="o" if "heldout" in name else "")
+                axis.plot(
+                    *zip(*points, strict=True), label=name, marker="o" if "heldout" in name else ""
+                )
         axis.set_xlabel("step")
         axis.legend()
     left.set_ylabel("nats per learnt token")
@@ -307,7 +338,11 @@ class Optimiser:
     def build(self, steps: int) -> optax.GradientTransformation:
         """The optax transformation for a run of `steps`."""
         schedule = optax.warmup_cosine_decay_schedule(
-            0.0, self.learning_rate, min(self.warmup, max(steps - 1, 1)), steps, self.learning_rate * self.final
+            0.0,
+            self.learning_rate,
+            min(self.warmup, max(steps - 1, 1)),
+            steps,
+            self.learning_rate * self.final,
         )
         return optax.chain(
             optax.clip_by_global_norm(self.clip),

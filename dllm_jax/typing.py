@@ -1,7 +1,8 @@
 """Names for the arrays that travel between rooms.
 
-Dimension letters: B batch, L sequence, T block (canvas), Q queries of one forward pass, S cache slots,
-N query heads, K kv heads, H head size, D model, F feed-forward, V vocabulary, Ly layers, R adapter rank.
+Dimension letters: B batch, L sequence, T block (canvas), Q queries of one forward pass, S cache
+slots, N query heads, K kv heads, H head size, D model, F feed-forward, V vocabulary, Ly layers, R
+adapter rank.
 """
 
 from typing import Any
@@ -15,4 +16,4 @@ Key = jax.Array
 """A typed PRNG key (`jax.random.key`), or an array of them."""
 
 Number = Any
-"""A Python number or a traced scalar: a leaf of a pytree, which JAX may replace by whatever it traces with."""
+"""A number, a traced scalar, or whatever JAX puts in their place when it traces."""

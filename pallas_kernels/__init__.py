@@ -1,4 +1,4 @@
-"""Attention for block diffusion, usable without `dllm_jax`: a mask that is a spec, and attention under it."""
+"""Attention for block diffusion, usable without `dllm_jax`: mask specs, and attention."""
 
 from pallas_kernels.block_attention.api import block_attention
 from pallas_kernels.masks import BlockMask

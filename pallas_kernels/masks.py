@@ -1,14 +1,15 @@
 """Who may attend to whom, as arithmetic on indices: never an array on the fast path.
 
-The entries of one forward pass are `clean` ones first (tokens that are decided: the prompt, a finished
-block, drafts under verification) and noisy ones after (a canvas), the latter in groups of `block`:
+The entries of one forward pass are `clean` ones first (tokens that are decided: the prompt, a
+finished block, drafts under verification) and noisy ones after (a canvas), the latter in groups of
+`block`:
 
     index   0 ... clean-1 | clean ... clean+block-1 | clean+block ... | ...
     stream  clean         | noisy group 0           | noisy group 1   | ...
 
-A query attends to the clean keys before its `clean_end`, and, when it is noisy, to its own group in both
-directions. Nobody attends to another group, and clean queries never attend to noise. Every attention
-pattern of the field is a choice of these numbers:
+A query attends to the clean keys before its `clean_end`, and, when it is noisy, to its own group
+in both directions. Nobody attends to another group, and clean queries never attend to noise. Every
+attention pattern of the field is a choice of these numbers:
 
     causal                  no groups, clean_end = i + 1
     bidirectional           no groups, clean_end = length
@@ -25,17 +26,19 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockMask:
-    """A mask spec. Build one with the constructors below; it is hashable, so it can be a static argument."""
+    """A mask spec, hashable. Build one with the constructors below."""
 
     clean: int  # clean entries, first
-    clean_block: int = 1  # clean entries see each other in blocks of this size: 1 causal, `clean` bidirectional
+    clean_block: int = 1  # how clean entries see each other: 1 causal, `clean` bidirectional
     block: int = 0  # entries of one noisy group; 0 when there is no noise
     stride: int = 0  # noisy group g sees the clean entries before g * stride + offset
     offset: int = 0
 
     def __post_init__(self):
         if self.clean < 0 or self.clean_block < 1 or self.block < 0:
-            raise ValueError(f"a mask needs clean >= 0, clean_block >= 1 and block >= 0, got {self}")
+            raise ValueError(
+                f"a mask needs clean >= 0, clean_block >= 1 and block >= 0, got {self}"
+            )
 
     @staticmethod
     def causal(length: int) -> "BlockMask":
@@ -63,9 +66,10 @@ class BlockMask:
     ) -> "BlockMask":
         """`[clean ; noisy groups]`: group g sees the clean entries before `g * stride + offset`.
 
-        `stride=block, offset=0` (the default) is the training mask of block diffusion (BD3-LM, eq. 9):
-        each noisy block sees the clean blocks before it. `stride=1, offset=1` drafts behind every
-        outcome of a verification (TiDAR, section 3): group g continues the first g + 1 clean entries.
+        `stride=block, offset=0` (the default) is the training mask of block diffusion (BD3-LM, eq.
+        9): each noisy block sees the clean blocks before it. `stride=1, offset=1` drafts behind
+        every outcome of a verification (TiDAR, section 3): group g continues the first g + 1 clean
+        entries.
         """
         return BlockMask(
             clean=clean,

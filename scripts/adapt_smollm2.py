@@ -4,8 +4,9 @@
     python scripts/distill.py --out runs/smollm2/data --conversations 128 --split heldout
     python scripts/adapt_smollm2.py --data runs/smollm2/data --run runs/smollm2/adapt --minutes 60
 
-Give it a budget in minutes; it saves and stops there, or on Ctrl-C or SIGTERM, and the same command goes
-on. When it reaches its last step, or with --export at any time, it writes the adapter for `load(adapter=...)`.
+Give it a budget in minutes; it saves and stops there, or on Ctrl-C or SIGTERM, and the same
+command goes on. When it reaches its last step, or with --export at any time, it writes the adapter
+for `load(adapter=...)`.
 """
 
 import dataclasses
@@ -70,7 +71,8 @@ def main(config: Adapt) -> None:
         heldout = Conversations(config.data, "heldout")
     except FileNotFoundError:
         heldout = None
-    print(f"{len(source)} conversations, {source.answer_tokens} answer tokens; {jax.devices()[0].device_kind}")
+    device = jax.devices()[0].device_kind
+    print(f"{len(source)} conversations, {source.answer_tokens} answer tokens; {device}")
     state = training.create(params, ("adapter",), tx)
     state = training.fit(config.run, fit, model, params, state, objective, tx, source, heldout)
     step = int(state.step)

@@ -3,9 +3,11 @@
     python scripts/distill.py --out runs/smollm2/data --conversations 20000
     python scripts/distill.py --out runs/smollm2/data --conversations 512 --split heldout
 
-The model writes the user's turn from its chat template (sampled), then the assistant's turn (greedy by
-default: what the causal mode will have to accept). Part i of a split is a function of (model, settings,
-seed, split, i) alone: stop at any time, start again, and only the missing parts are written.
+The model writes the user's turn from its chat template (sampled), then the assistant's turn
+(greedy by
+default: what the causal mode will have to accept). Part i of a split is a function of (model,
+settings, seed, split, i) alone: stop at any time, start again, and only the missing parts are
+written.
 """
 
 import dataclasses
@@ -66,12 +68,14 @@ def main(config: Distill) -> None:
                 data.write_part(path, rows, prompts)
                 tokens = sum(map(len, rows)) - sum(prompts)
                 rate = tokens / (time.perf_counter() - start)
-                progress.console.print(f"{path.name}: {len(rows)} rows, {tokens} answer tokens, {rate:.0f}/s")
+                progress.console.print(
+                    f"{path.name}: {len(rows)} rows, {tokens} answer tokens, {rate:.0f}/s"
+                )
             progress.advance(task)
 
 
 def turns(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """What the chat template puts before and behind a user's words, the assistant's opening included."""
+    """What the chat template puts before and behind a user's words, to the answer's start."""
     one, two = tokenizer.chat("alpha"), tokenizer.chat("Bravo")
     shared = min(len(one), len(two))
     head = next(i for i in range(shared) if one[i] != two[i])
@@ -80,7 +84,7 @@ def turns(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
 
 
 def converse(model, params, opening, closing, key, config: Distill):
-    """One part: rows of ids (opening, question, closing, answer, end), and where each answer starts.
+    """One part: rows of ids (question and answer, laid out), and where each answer starts.
 
     Half as many questions again are asked as are wanted, since some run past their limit.
     """

@@ -14,6 +14,7 @@ import scipy.stats
 from dllm_jax import recipes
 from dllm_jax.decode.generate import Prompt, _generate, _prepare, generate, pad, stream
 from dllm_jax.decode.state import result
+from dllm_jax.nn.transformer import forward, logits_of
 from dllm_jax.testing import tiny
 from pallas_kernels import BlockMask
 
@@ -25,11 +26,11 @@ BUDGET = 21
 
 @partial(jax.jit, static_argnames=("mask", "model"))
 def _apply(model, params, tokens, positions, mask):
-    out = model.apply({"params": params}, tokens, mask=mask, positions=positions)
-    return model.apply({"params": params}, out.hidden, method="logits")
+    out = forward(model, params, tokens, mask=mask, positions=positions)
+    return logits_of(model, params, out.hidden)
 
 
-def logits_of(clean, noisy=(), model=MODEL, params=PARAMS):
+def one_pass(clean, noisy=(), model=MODEL, params=PARAMS):
     """Logits of clean tokens, causal, and of noisy ones that see all of them. One pass, no cache.
 
     The clean part is padded in front of nothing: lengths are few, so compiled programs are as well.
@@ -50,7 +51,7 @@ def logits_of(clean, noisy=(), model=MODEL, params=PARAMS):
 def twin_ar(row, budget=BUDGET):
     tokens = list(row)
     while len(tokens) < len(row) + budget:
-        token = int(logits_of(tokens)[0][-1].argmax())
+        token = int(one_pass(tokens)[0][-1].argmax())
         tokens.append(token)
         if token in MODEL.config.eos_ids:
             break
@@ -68,7 +69,7 @@ def twin_diffusion(row, size, threshold, budget=BUDGET):
     while True:
         start, canvas, step = len(tokens), [MASK] * size, 0
         while True:
-            clean, noisy = logits_of(tokens, canvas)
+            clean, noisy = one_pass(tokens, canvas)
             nfe += 1
             probs = softmax(np.concatenate([clean[-1:], noisy[:-1]]))
             ends = [j for j, t in enumerate(canvas) if t in MODEL.config.eos_ids]
@@ -142,7 +143,10 @@ def test_block_diffusion_is_its_slow_twin(size, threshold):
 
 @pytest.mark.parametrize(
     "recipe",
-    [recipes.self_speculative(width=2, temperature=0.7), recipes.block_diffusion(block_size=4, temperature=0.7)],
+    [
+        recipes.self_speculative(width=2, temperature=0.7),
+        recipes.block_diffusion(block_size=4, temperature=0.7),
+    ],
     ids=["speculative", "diffusion"],
 )
 def test_a_row_of_a_batch_decodes_as_alone_sampled_too(recipe):
@@ -186,8 +190,8 @@ def test_speculative_samples_follow_the_autoregressive_joint():
     joint = np.ones((4, 4, 4))
     for prefix in itertools.chain([()], np.ndindex(4), np.ndindex(4, 4)):
         tokens = jnp.array([prompt + list(prefix)])
-        hidden = model.apply({"params": params}, tokens, canvas=False).hidden[:, -1]
-        logits = model.apply({"params": params}, hidden, method="logits")[0]
+        hidden = forward(model, params, tokens, canvas=False).hidden[:, -1]
+        logits = logits_of(model, params, hidden)[0]
         joint[prefix] *= softmax(np.asarray(logits) / 1.3).reshape([4] + [1] * (2 - len(prefix)))
     total = rows * rounds
     assert accepted > 0.1 * total, "drafts hardly ever held: the test shows too little"
@@ -217,18 +221,14 @@ def test_one_trace_for_numbers_and_lengths_of_a_bucket():
     assert _generate._cache_size() == 1
     for temperature, top_k in ((0.5, 0), (1.0, 3), (0.0, 0)):
         recipe = recipes.self_speculative(width=2, temperature=temperature, top_k=top_k)
-        generate(
-            MODEL, PARAMS, [[3, 4]], recipe=recipe, max_new_tokens=9, key=jax.random.key(1)
-        )
+        generate(MODEL, PARAMS, [[3, 4]], recipe=recipe, max_new_tokens=9, key=jax.random.key(1))
     assert _generate._cache_size() == 2
 
 
 def test_nothing_leaves_the_device_inside_the_loop():
     recipe = recipes.self_speculative(width=2)
     prompt, keys, slots = _prepare(MODEL, PARAMS, ROWS, recipe, BUDGET, None)
-    lowered = _generate.lower(
-        MODEL, PARAMS, prompt, recipe, jnp.int32(BUDGET), keys, slots=slots
-    )
+    lowered = _generate.lower(MODEL, PARAMS, prompt, recipe, jnp.int32(BUDGET), keys, slots=slots)
     text = lowered.compile().as_text()
     assert " while(" in text
     assert not re.search(r"\b(infeed|outfeed|send|recv|send-done|recv-done)\(", text)

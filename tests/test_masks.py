@@ -53,8 +53,12 @@ def test_training_mask_of_block_diffusion():
     i = np.arange(length)
     np.testing.assert_array_equal(dense[:length, :length], i[:, None] >= i[None, :])
     assert not dense[:length, length:].any()
-    np.testing.assert_array_equal(dense[length:, :length], i[:, None] // block > i[None, :] // block)
-    np.testing.assert_array_equal(dense[length:, length:], i[:, None] // block == i[None, :] // block)
+    np.testing.assert_array_equal(
+        dense[length:, :length], i[:, None] // block > i[None, :] // block
+    )
+    np.testing.assert_array_equal(
+        dense[length:, length:], i[:, None] // block == i[None, :] // block
+    )
 
 
 def dense_attention(q, k, v, allow):

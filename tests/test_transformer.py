@@ -126,7 +126,9 @@ def test_remat_and_frozen_layers_change_no_number():
     value, grads = jax.value_and_grad(loss)(PARAMS["adapter"], MODEL, 0)
     again, regrads = jax.value_and_grad(loss)(PARAMS["adapter"], model, 0)
     np.testing.assert_allclose(value, again, rtol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads, regrads)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads, regrads
+    )
     frozen, cut = jax.value_and_grad(loss)(PARAMS["adapter"], MODEL, 1)
     np.testing.assert_allclose(value, frozen, rtol=1e-6)
     assert not cut["q"]["out"][0].any()

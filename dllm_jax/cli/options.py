@@ -39,7 +39,7 @@ class Decoding:
     """diffusion denoises blocks of tokens; ar writes a token a pass; speculative gives the tokens
     of ar in fewer passes: it drafts by diffusion and verifies."""
 
-    block_size: int = 8
+    block_size: int = 4
     """Positions denoised at once (diffusion)."""
 
     threshold: float = 0.9
@@ -178,7 +178,7 @@ class Info(Command):
     context: int = 2048
     """Tokens of a row in the cache."""
 
-    block_size: int = 8
+    block_size: int = 4
     """Of block diffusion."""
 
     width: int = 4

@@ -1,9 +1,9 @@
 """`generate` and `stream`: a prompt, a recipe, and one loop on the device.
 
-    prompt -> prefill (with the first masks riding on it) -> step, step, ... until every row has stopped
+    prompt -> prefill, the first masks riding on it -> step, step, ... until all rows stop
 
-Buffers are static and rounded up to buckets, so lengths, budgets, thresholds and temperatures within a
-bucket share one compiled program.
+Buffers are static and rounded up to buckets, so lengths, budgets, thresholds and temperatures
+within a bucket share one compiled program.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ import numpy as np
 from dllm_jax.cache import append
 from dllm_jax.decode import block, verify
 from dllm_jax.decode.state import RUNNING, DecodeState, Result, result
-from dllm_jax.nn.transformer import Transformer
+from dllm_jax.nn.transformer import Transformer, forward
 from dllm_jax.recipes import BlockDiffusion, Recipe, Verified
 from dllm_jax.typing import Key, Params
 from pallas_kernels import BlockMask
@@ -56,7 +56,7 @@ def generate(
     max_new_tokens: int = 128,
     key: Key | None = None,
 ) -> Result:
-    """Answers a batch of prompts. One compiled loop; the host sees it again when every row has stopped.
+    """Answers a batch of prompts, in one compiled loop on the device.
 
     Args:
       model: what `load` returned; static.
@@ -64,16 +64,16 @@ def generate(
       prompt: rows of ids, or a padded `Prompt`. Rows may differ in length.
       recipe: how to decode, one of `dllm_jax.recipes` or your own.
       max_new_tokens: the most tokens an answer may have; a row stops earlier at an end-of-turn id.
-      key: None decodes greedily. A key (one for the batch, row r then uses `fold_in(key, r)`, or one for
-        each row) draws with the recipe's temperature, top-k and top-p.
+      key: None decodes greedily. A key (one for the batch, row r then uses `fold_in(key, r)`, or
+        one for each row) draws with the recipe's temperature, top-k and top-p.
 
     Returns:
-      A `Result`: tokens, lengths, stop reasons, and the cost of each row. Each row's answer is the one
-      it would get alone.
+      A `Result`: tokens, lengths, stop reasons, and the cost of each row. Each row's answer is the
+      one it would get alone.
 
     Raises:
-      ValueError: the recipe asks for a temperature without a key, the model lacks what the recipe needs
-        (a mask id, shifted outputs), or the lengths do not fit the model.
+      ValueError: the recipe asks for a temperature without a key, the model lacks what the recipe
+        needs (a mask id, shifted outputs), or the lengths do not fit the model.
     """
     prompt, keys, slots = _prepare(model, params, prompt, recipe, max_new_tokens, key)
     state = _generate(model, params, prompt, recipe, jnp.int32(max_new_tokens), keys, slots=slots)
@@ -89,7 +89,7 @@ def stream(
     max_new_tokens: int = 128,
     key: Key | None = None,
 ) -> Iterator[DecodeState]:
-    """As `generate`, but yields the state after the prefill and after every step: to watch, or to debug.
+    """As `generate`, but yields the state after the prefill and after every step.
 
     `decode.state.result(state, max_new_tokens)` cuts the answers out of any of them.
     """
@@ -121,13 +121,18 @@ def _prepare(model, params, prompt, recipe, max_new_tokens, key):
     recipe.sampling.check()
     hot = recipe.sampling.temperature
     if key is None and (isinstance(hot, jax.Array) or hot > 0):
-        raise ValueError(f"temperature={hot} draws at random and needs a key, e.g. jax.random.key(0)")
+        raise ValueError(
+            f"temperature={hot} draws at random and needs a key, e.g. jax.random.key(0)"
+        )
     needs_masks = not (isinstance(recipe, Verified) and recipe.width == 0)
     if needs_masks and config.mask_id is None:
-        raise ValueError("this model has no mask token: load it with a diffusion adapter, or use recipes.ar()")
+        raise ValueError(
+            "this model has no mask token: load it with a diffusion adapter, or use recipes.ar()"
+        )
     if config.alignment != "shifted" or config.attention != "causal":
         raise ValueError(
-            f"these recipes read a causal, shifted model; this one is {config.attention}, {config.alignment}"
+            "these recipes read a causal, shifted model; "
+            f"this one is {config.attention}, {config.alignment}"
         )
     keys = key
     if key is not None and key.ndim == 0:
@@ -159,7 +164,7 @@ def _step(model, params, recipe, keys, state) -> DecodeState:
 
 @partial(jax.jit, static_argnames=("model", "slots"))
 def _start(model, params, prompt: Prompt, recipe, budget, keys, *, slots) -> DecodeState:
-    """The prefill: the prompt into the cache, the first masks behind it, the first tokens out of both."""
+    """The prefill: the prompt into the cache, and the first tokens out of it."""
     config, part = model.config, _part(recipe)
     batch, width = prompt.tokens.shape
     masks = part.prefill_queries(recipe)
@@ -171,8 +176,7 @@ def _start(model, params, prompt: Prompt, recipe, budget, keys, *, slots) -> Dec
         ahead = prompt.lengths[:, None] + jnp.arange(masks)
         positions = jnp.concatenate([positions, ahead], axis=1)
         mask = BlockMask.dual_stream(width, masks, stride=0, offset=width)
-    out = model.apply(
-        {"params": params}, entries, mask=mask, positions=positions, lengths=prompt.lengths,
+    out = forward(model, params, entries, mask=mask, positions=positions, lengths=prompt.lengths,
         canvas=masks > 0,
     )  # fmt: skip
     last = jnp.take_along_axis(out.hidden, prompt.lengths[:, None, None] - 1, axis=1)

@@ -16,7 +16,7 @@ STOP_REASONS = ("running", "end_of_turn", "length")
 class DecodeState:
     """A batch under way. Rows are left-aligned: the token at index i of a row has position i."""
 
-    tokens: jax.Array  # int32[B, L]: prompt, answer, and the mask id where a canvas is not written yet
+    tokens: jax.Array  # int32[B, L]: prompt, answer, the mask id where a canvas is open
     prompt: jax.Array  # int32[B]: tokens of the prompt
     written: jax.Array  # int32[B]: tokens that are final and gapless, prompt included
     limit: jax.Array  # int32[B]: `written` may not exceed it
@@ -27,7 +27,7 @@ class DecodeState:
     cache: KVCache
     stop: jax.Array  # int32[B]: RUNNING, END_OF_TURN or LENGTH
     nfe: jax.Array  # int32[B]: forward passes while the row was running, the prefill included
-    queries: jax.Array  # int32[B]: entries processed for the row in those passes, the prompt's left out
+    queries: jax.Array  # int32[B]: entries processed in those passes, the prompt's left out
     mask_id: int = dataclasses.field(metadata={"static": True})
     pad_id: int = dataclasses.field(metadata={"static": True})
 
@@ -64,8 +64,10 @@ class Result:
 
     @property
     def overhead(self) -> jax.Array:
-        """float32[B]: entries processed for each answer token (autoregressive: 1, less the first token's,
-        which the prompt pays for)."""
+        """float32[B]: entries processed for each answer token.
+
+        Autoregressive: 1, less the first token's share, which the prompt pays for.
+        """
         return self.queries / jnp.maximum(self.lengths, 1)
 
     @property
@@ -84,7 +86,7 @@ def result(state: DecodeState, max_new_tokens: int) -> Result:
 
 
 def put(tokens: jax.Array, start: jax.Array, values: jax.Array, keep: jax.Array) -> jax.Array:
-    """Writes `values[b, i]` at `start[b] + i` wherever `keep[b, i]`. Shapes [B, L], [B], [B, Q], [B, Q]."""
+    """Writes `values[b, i]` [B, Q] at `start[b] + i` of `tokens` [B, L] where `keep[b, i]`."""
     rows = jnp.arange(tokens.shape[0])[:, None]
     at = jnp.where(keep, start[:, None] + jnp.arange(values.shape[1]), tokens.shape[1])
     return tokens.at[rows, at].set(values, mode="drop")

@@ -1,4 +1,4 @@
-"""One step of exact decoding: check the drafts with the causal mode and draft the next ones, in one pass.
+"""One step of exact decoding: check the drafts and make the next ones, in one pass.
 
 The pass of a row whose last token is x, with drafts d1 d2 (width 2), m a mask:
 
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from dllm_jax.cache import append
 from dllm_jax.decode.state import END_OF_TURN, LENGTH, RUNNING, DecodeState, is_end, put, window
-from dllm_jax.nn.transformer import Transformer
+from dllm_jax.nn.transformer import Transformer, forward, logits_of
 from dllm_jax.ops.sampling import draw, probabilities, uniform
 from dllm_jax.recipes import Verified
 from dllm_jax.typing import Key, Params
@@ -31,7 +31,9 @@ def prefill_queries(recipe: Verified) -> int:
     return recipe.width
 
 
-def first_tokens(model, params, recipe: Verified, keys, state: DecodeState, last, masks) -> DecodeState:
+def first_tokens(
+    model, params, recipe: Verified, keys, state: DecodeState, last, masks
+) -> DecodeState:
     """The first token and the first drafts, from the prefill's hidden states.
 
     Args:
@@ -52,15 +54,15 @@ def step(
     entries, mask = checked, BlockMask.causal(width + 1)
     if width:
         groups = (width + 1) * width
-        masks = jnp.full((batch, groups), model.config.mask_id, jnp.int32)
+        masks = jnp.full((batch, groups), state.mask_id, jnp.int32)
         ahead = jnp.arange(width + 1)[:, None] + 1 + jnp.arange(width)  # [groups, W]
         positions = jnp.concatenate(
             [positions, state.written[:, None] - 1 + ahead.reshape(groups)], axis=1
         )
         entries = jnp.concatenate([checked, masks], axis=1)
         mask = BlockMask.dual_stream(width + 1, width, stride=1, offset=1)
-    out = model.apply(
-        {"params": params}, entries, mask=mask, positions=positions, cache=state.cache, canvas=width > 0
+    out = forward(
+        model, params, entries, mask=mask, positions=positions, cache=state.cache, canvas=width > 0
     )
     hidden = out.hidden[:, : width + 1]
     groups = out.hidden[:, width + 1 :].reshape(batch, width + 1, width, model.config.dim)
@@ -82,7 +84,7 @@ def _settle(model, params, recipe, keys, state: DecodeState, count: int, hidden,
       hidden: [B, 1 + count, D]: row i predicts the token at `written + i`.
       groups: [B, 1 + count, W, D]: masks behind each outcome.
     """
-    logits = model.apply({"params": params}, hidden, method="logits")
+    logits = logits_of(model, params, hidden)
     drafts, draft_probs = state.drafts[:, :count], state.draft_probs[:, :count]
     at = state.written[:, None] + jnp.arange(count + 1)
     if keys is None:
@@ -100,7 +102,7 @@ def _settle(model, params, recipe, keys, state: DecodeState, count: int, hidden,
         rest = jnp.where(rest.sum(axis=-1, keepdims=True) > 0, rest, probs)
         fresh = draw(keys, at, _TOKEN, rest)
         tokens = jnp.where(_pad(holds), _pad(drafts), fresh)
-    right = jnp.cumprod(holds.astype(jnp.int32), axis=1).sum(axis=1)  # drafts that hold, from the left
+    right = jnp.cumprod(holds.astype(jnp.int32), axis=1).sum(axis=1)  # how many, from the left
     kept = _kept(state, tokens, right + 1, model.config.eos_ids)
     keep = jnp.arange(count + 1) < kept[:, None]
     written = state.written + kept
@@ -115,7 +117,7 @@ def _settle(model, params, recipe, keys, state: DecodeState, count: int, hidden,
     if not recipe.width:
         return state
     chosen = jnp.take_along_axis(groups, right[:, None, None, None], axis=1)[:, 0]
-    logits = model.apply({"params": params}, chosen, method="logits")
+    logits = logits_of(model, params, chosen)
     if keys is None:
         return dataclasses.replace(state, drafts=logits.argmax(axis=-1).astype(jnp.int32))
     probs = probabilities(logits, recipe.sampling)
@@ -129,7 +131,7 @@ def _pad(x: jax.Array) -> jax.Array:
 
 
 def _kept(state: DecodeState, tokens, count, eos_ids) -> jax.Array:
-    """How many of `count` new tokens stand: none in a finished row, up to an end, within the limit."""
+    """How many of `count` new tokens stand: up to an end, and within the limit."""
     index = jnp.arange(tokens.shape[1])
     end = jnp.where(is_end(tokens, eos_ids), index, tokens.shape[1])
     count = jnp.minimum(count, end.min(axis=1) + 1)

@@ -1,8 +1,9 @@
 """Low-rank adapters that act on mask tokens only (LoRA, Hu et al. 2021; gated as in I-DLM's R-ISD).
 
-A projection x @ W becomes x @ W + gate * (x @ A) @ B / sqrt(rank) * alpha, where the gate is one at a mask
-token and zero elsewhere: tokens that are not masks are processed by the base weights alone, bit for bit.
-The mask token has an embedding of its own, so its id may lie outside the base model's vocabulary.
+A projection x @ W becomes x @ W + gate * (x @ A) @ B / sqrt(rank) * alpha, where the gate is one
+at a mask token and zero elsewhere: tokens that are not masks are processed by the base weights
+alone, bit for bit. The mask token has an embedding of its own, so its id may lie outside the base
+model's vocabulary.
 """
 
 import dataclasses
@@ -18,8 +19,8 @@ class AdapterConfig:
     """Size and place of an adapter."""
 
     rank: int
-    alpha: float = 1.0  # the low-rank product is scaled by alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023)
-    first_layer: int = 0  # layers before this one have none: their adapters are zeros
+    alpha: float = 1.0  # scale: alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023)
+    first_layer: int = 0  # layers before this one have none: there it is zeros
 
     def __post_init__(self):
         if self.rank < 1 or self.first_layer < 0:
@@ -45,7 +46,7 @@ def low_rank(
 
 
 def init_adapter(key: Key, shapes: Params, config: AdapterConfig, params: Params) -> Params:
-    """A fresh adapter: `out` is zero (no effect yet), the mask embedding is the mean of the vocabulary's.
+    """A fresh adapter: `out` is zero, the mask embedding is the mean of the vocabulary's.
 
     Args:
       shapes: `param_shapes(config)["adapter"]`.

@@ -1,12 +1,14 @@
-"""One transformer for the Llama line: RMSNorm, RoPE, grouped heads, SwiGLU; Llama, Qwen2, Qwen3, LLaDA.
+"""One transformer for the Llama line (Llama, Qwen2, Qwen3, LLaDA).
 
-`Transformer` is a Linen module that only names parameters. A forward pass takes tokens (and a cache of the
-prefix), returns the last hidden states and the tokens' own keys and values; who sees whom is a `BlockMask`.
-The layers are stacked on a leading axis and scanned.
+RMSNorm, RoPE, grouped heads, SwiGLU.
+
+`Transformer` is a Linen module that only names parameters. A forward pass takes tokens (and a
+cache of the prefix), returns the last hidden states and the tokens' own keys and values; who sees
+whom is a `BlockMask`. The layers are stacked on a leading axis and scanned.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax
 import flax.linen as nn
@@ -39,7 +41,7 @@ class TransformerConfig:
     tied_head: bool = False  # the output projection is the embedding, transposed
     qkv_bias: bool = False  # Qwen2
     qk_norm: bool = False  # Qwen3: RMSNorm on each head's query and key
-    attention: str = "causal"  # how clean tokens see each other: causal | bidirectional | block_causal
+    attention: str = "causal"  # of clean tokens: causal | bidirectional | block_causal
     block_size: int = 1  # of block_causal attention
     alignment: str = "shifted"  # the output at i predicts token i + 1 | same_position: token i
     mask_id: int | None = None  # the token that stands where nothing is written yet
@@ -58,11 +60,15 @@ class TransformerConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: RoPE turns planes")
         if self.attention not in ("causal", "bidirectional", "block_causal"):
-            raise ValueError(f"attention={self.attention!r} is not causal, bidirectional or block_causal")
+            raise ValueError(
+                f"attention={self.attention!r} is not causal, bidirectional or block_causal"
+            )
         if self.alignment not in ("shifted", "same_position"):
             raise ValueError(f"alignment={self.alignment!r} is neither shifted nor same_position")
         if self.adapter and self.adapter.first_layer >= self.num_layers:
-            raise ValueError(f"first_layer={self.adapter.first_layer} leaves no layer for the adapter")
+            raise ValueError(
+                f"first_layer={self.adapter.first_layer} leaves no layer for the adapter"
+            )
 
     def mask(self, length: int) -> BlockMask:
         """The mask spec of `length` clean tokens of this architecture."""
@@ -74,11 +80,27 @@ class Output(NamedTuple):
     """What a forward pass returns."""
 
     hidden: jax.Array  # [B, Q, D], after the final norm
-    kv: jax.Array  # [Ly, B, K, Q, 2 * H]: the entries' own keys and values, ready for `cache.append`
+    kv: jax.Array  # [Ly, B, K, Q, 2 * H]: the entries' own, ready for `cache.append`
+
+
+def forward(
+    model: "Transformer", params: Params, tokens: Int[Array, "B Q"], **options: Any
+) -> Output:
+    """One forward pass; `options` are those of `Transformer.__call__`."""
+    out = model.apply({"params": params}, tokens, **options)
+    assert isinstance(out, Output)
+    return out
+
+
+def logits_of(
+    model: "Transformer", params: Params, hidden: Float[Array, "*B D"]
+) -> Float[Array, "*B V"]:
+    """The vocabulary's scores, float32, of the hidden states that are wanted."""
+    return jnp.asarray(model.apply({"params": params}, hidden, method="logits"))
 
 
 class Transformer(nn.Module):
-    """The model. Pure: `model.apply({"params": params}, tokens, ...)`; equal configs are equal modules."""
+    """The model: hashable, pure. Call it through `forward` and `logits_of`."""
 
     config: TransformerConfig
 
@@ -137,7 +159,7 @@ class Transformer(nn.Module):
         return Output(rms_norm(hidden, tree["final_norm"], config.norm_eps), kv)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """The vocabulary's scores, float32, for the hidden states that are wanted, and only those."""
+        """The vocabulary's scores, float32, of the hidden states that are wanted."""
         if self.config.tied_head:
             table, contract = self.tree["embed"], "...d,vd->...v"
         else:
@@ -153,7 +175,10 @@ class Transformer(nn.Module):
 
 
 def embed(
-    tree: Params, config: TransformerConfig, tokens: Int[Array, "B Q"], gate: Bool[Array, "B Q"] | None
+    tree: Params,
+    config: TransformerConfig,
+    tokens: Int[Array, "B Q"],
+    gate: Bool[Array, "B Q"] | None,
 ) -> Float[Array, "B Q D"]:
     """Token embeddings; a mask token's is the adapter's, where there is an adapter."""
     hidden = jnp.take(tree["embed"], tokens, axis=0, mode="clip").astype(config.dtype)
@@ -176,7 +201,7 @@ class _Context(NamedTuple):
 
 
 def _scan(context: _Context, layers: Params, hidden: jax.Array, first: int, last: int):
-    """Layers first..last (all when last is 0): the hidden states, and each layer's keys and values."""
+    """Layers first..last (all when last is 0): hidden states, and keys and values."""
     if (first, last) != (0, 0):
         layers = jax.tree.map(lambda x: x[first:last], layers)
 
@@ -235,7 +260,9 @@ def param_shapes(config: TransformerConfig) -> Params:
 
 def param_axes(config: TransformerConfig) -> Params:
     """The parameter tree as tuples of logical axis names, for `sharding.shardings`."""
-    return jax.tree.map(lambda entry: entry.axes, _tree(config), is_leaf=lambda x: isinstance(x, _Entry))
+    return jax.tree.map(
+        lambda entry: entry.axes, _tree(config), is_leaf=lambda x: isinstance(x, _Entry)
+    )
 
 
 class _Entry(NamedTuple):
@@ -278,11 +305,11 @@ def _tree(c: TransformerConfig) -> Params:
     if not c.tied_head:
         tree["head"] = entry("embed", "vocab")
     if c.adapter:
-        tree["adapter"] = _adapter_tree(c, entry)
+        tree["adapter"] = _adapter_tree(c.num_layers, c.adapter.rank, entry)
     return tree
 
 
-def _adapter_tree(c: TransformerConfig, entry) -> Params:
+def _adapter_tree(layers: int, rank: int, entry) -> Params:
     def pair(inputs: tuple[str, ...], outputs: tuple[str, ...]):
         wide = entry(*inputs)
         flat = 1
@@ -291,10 +318,8 @@ def _adapter_tree(c: TransformerConfig, entry) -> Params:
         narrow = entry(*outputs)
         axis = inputs[0] if len(inputs) == 1 else None
         return {
-            "in": _Entry((c.num_layers, flat, c.adapter.rank), ("layers", axis, None)),
-            "out": _Entry(
-                (c.num_layers, c.adapter.rank, *narrow.shape), ("layers", None, *narrow.axes)
-            ),
+            "in": _Entry((layers, flat, rank), ("layers", axis, None)),
+            "out": _Entry((layers, rank, *narrow.shape), ("layers", None, *narrow.axes)),
         }
 
     return {
@@ -310,7 +335,7 @@ def _adapter_tree(c: TransformerConfig, entry) -> Params:
 
 
 def _init(key: jax.Array, shapes):
-    """Norms are ones, biases zeros, matrices normal with variance 1 / fan-in (0.02 for the embedding)."""
+    """Norms are ones, biases zeros, matrices normal with variance 1 / fan-in (embed: 0.02)."""
     if isinstance(shapes, jax.ShapeDtypeStruct):
         return _init_leaf(key, "", shapes)
     leaves, tree = jax.tree.flatten_with_path(shapes)

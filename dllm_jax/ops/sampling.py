@@ -1,4 +1,4 @@
-"""From scores to tokens: filters, probabilities, and samples that depend on (key, position) alone."""
+"""From scores to tokens: filters, probabilities, samples keyed by position."""
 
 import dataclasses
 
@@ -63,8 +63,8 @@ def draw(
 ) -> Int[Array, "B Q"]:
     """One token for each row and position, by the Gumbel-max trick.
 
-    The noise is a function of (the row's key, position, stream) only: padding, neighbours and the number
-    of positions drawn at once do not change it.
+    The noise is a function of (the row's key, position, stream) only: padding, neighbours and the
+    number of positions drawn at once do not change it.
     """
 
     def one(key, p):

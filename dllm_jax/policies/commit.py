@@ -1,8 +1,8 @@
 """Which masked positions of a block to write at a denoising step.
 
-A policy is any pytree with a method `commit(view) -> bool[B, T]`; there is no base class. The loop writes
-only positions that are masked and needed, and when a policy picks none of them it writes the most
-confident one, so a block always ends.
+A policy is any pytree with a method `commit(view) -> bool[B, T]`; there is no base class. The loop
+writes only positions that are masked and needed, and when a policy picks none of them it writes
+the most confident one, so a block always ends.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from dllm_jax.typing import Number
 class CommitView(NamedTuple):
     """What a policy sees of a block of T positions."""
 
-    probs: jax.Array  # float32[B, T, V]: the model's distribution of each position, before any temperature
+    probs: jax.Array  # float32[B, T, V]: the model's own, before any temperature
     tokens: jax.Array  # int32[B, T]: the token that would be written
     confidence: jax.Array  # float32[B, T]: its probability among `probs`
     masked: jax.Array  # bool[B, T]: positions that may be written
@@ -59,7 +59,7 @@ class EntropyBound:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quota:
-    """The `count` most confident positions (LLaDA's low-confidence remasking with a fixed quota)."""
+    """The `count` most confident positions (LLaDA's low-confidence remasking)."""
 
     count: Number = 1
 

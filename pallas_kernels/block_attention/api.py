@@ -22,9 +22,11 @@ def block_attention(
     Args:
       q, k, v: the entries' own queries, keys and values; `N` a multiple of `K`. Keys carry their
         rotary positions already. The scale is 1 / sqrt(H).
-      mask: how the entries see each other (`BlockMask`); entry order is clean first, then noisy groups.
+      mask: how the entries see each other (`BlockMask`); entry order is clean first, then noisy
+      groups.
       cache: keys and values of the prefix, packed side by side in the last axis (`H2 = 2 * H`).
-      cache_end: valid slots of each row, or of each query; slots past it are neither read nor trusted.
+      cache_end: valid slots of each row, or of each query; slots past it are neither read nor
+      trusted.
       lengths: valid clean entries of each row (right padding is not attended to). All by default.
 
     Returns:
@@ -36,7 +38,9 @@ def block_attention(
     entries = q.shape[1]
     noisy = entries - mask.clean
     if noisy < 0 or (noisy and (not mask.block or noisy % mask.block)):
-        raise ValueError(f"{entries} entries do not fit {mask}: clean ones, then whole groups of `block`")
+        raise ValueError(
+            f"{entries} entries do not fit {mask}: clean ones, then whole groups of `block`"
+        )
     if (cache is None) != (cache_end is None):
         raise ValueError("`cache` and `cache_end` come together")
     if q.shape[2] % k.shape[2]:

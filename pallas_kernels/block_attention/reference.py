@@ -1,8 +1,8 @@
 """Block attention in plain JAX: the definition, and the implementation wherever XLA runs.
 
 The two-part form: keys of the clean stream with an end per query, and the noisy groups' own small
-squares, merged in one softmax. The empty quadrant (clean queries, noisy keys; other groups) is never
-computed, so G groups of T cost G * T * T, not (G * T) ** 2.
+squares, merged in one softmax. The empty quadrant (clean queries, noisy keys; other groups) is
+never computed, so G groups of T cost G * T * T, not (G * T) ** 2.
 """
 
 from typing import NamedTuple
@@ -32,7 +32,7 @@ def block_attention(q, k, v, mask: BlockMask, *, cache=None, cache_end=None, len
 
     def reads(lo: int, hi: int) -> list[_Read]:
         found = []
-        if cache is not None:
+        if cache is not None and cache_end is not None:
             end = jnp.broadcast_to(cache_end.reshape(batch, -1), (batch, entries))[:, lo:hi, None]
             visible = jnp.arange(cache.shape[2]) < end
             # A slot nobody reads may hold anything, and 0 * NaN is NaN: clear its values.
@@ -55,23 +55,18 @@ def block_attention(q, k, v, mask: BlockMask, *, cache=None, cache_end=None, len
     return jnp.concatenate(parts, axis=1).reshape(batch, entries, heads, size).astype(q.dtype)
 
 
-def _attend(q, reads: list[_Read], own=None) -> jax.Array:
+def _attend(q, reads: list[_Read], own: tuple[jax.Array, jax.Array, int] | None = None):
     """One softmax over several sets of keys, float32[B, Q, K, G, H].
 
     `own` = (keys, values, block): each group of `block` queries also reads itself.
     """
-    batch, entries, kv_heads, group, size = q.shape
     f32 = dict(preferred_element_type=jnp.float32)
-    scores = []
-    for r in reads:
-        s = jnp.einsum("bqkgh,bksh->bkgqs", q, r.keys, **f32)
-        scores.append(jnp.where(r.visible[:, None, None], s, _NEG))
+    scores = [
+        jnp.where(r.visible[:, None, None], jnp.einsum("bqkgh,bksh->bkgqs", q, r.keys, **f32), _NEG)
+        for r in reads
+    ]
     if own is not None:
-        keys, values, block = own
-        split = lambda x: x.reshape(batch, kv_heads, entries // block, block, size)  # noqa: E731
-        folded = q.reshape(batch, entries // block, block, kv_heads, group, size)
-        local = jnp.einsum("bntkgh,bknsh->bkgnts", folded, split(keys), **f32)
-        scores.append(local.reshape(batch, kv_heads, group, entries, block))
+        scores.append(_own_scores(q, own[0], own[2]))
     top = jnp.max(jnp.stack([s.max(axis=-1) for s in scores]), axis=0)[..., None]
     top = jax.lax.stop_gradient(top)
     weights = [jnp.where(s > _NEG, jnp.exp(s - top), 0.0) for s in scores]
@@ -80,7 +75,31 @@ def _attend(q, reads: list[_Read], own=None) -> jax.Array:
     for r, w in zip(reads, weights, strict=False):
         out += jnp.einsum("bkgqs,bksh->bqkgh", w.astype(r.values.dtype), r.values, **f32)
     if own is not None:
-        w = weights[-1].reshape(*weights[-1].shape[:3], entries // block, block, block)
-        mixed = jnp.einsum("bkgnts,bknsh->bntkgh", w.astype(values.dtype), split(values), **f32)
-        out += mixed.reshape(out.shape)
+        out += _own_values(weights[-1], own[1], own[2])
     return out / jnp.where(total > 0, total, 1.0)
+
+
+def _own_scores(q, keys, block: int) -> jax.Array:
+    """Scores of each query against its own group, float32[B, K, G, Q, block]."""
+    batch, entries, kv_heads, group, size = q.shape
+    folded = q.reshape(batch, entries // block, block, kv_heads, group, size)
+    scores = jnp.einsum(
+        "bntkgh,bknsh->bkgnts", folded, _groups(keys, block), preferred_element_type=jnp.float32
+    )
+    return scores.reshape(batch, kv_heads, group, entries, block)
+
+
+def _own_values(weights, values, block: int) -> jax.Array:
+    """Values of each query's own group, weighed, float32[B, Q, K, G, H]."""
+    batch, kv_heads, group, entries, _ = weights.shape
+    folded = weights.reshape(batch, kv_heads, group, entries // block, block, block)
+    mixed = jnp.einsum(
+        "bkgnts,bknsh->bntkgh", folded.astype(values.dtype), _groups(values, block),
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    return mixed.reshape(batch, entries, kv_heads, group, values.shape[-1])
+
+
+def _groups(x, block: int) -> jax.Array:
+    """[B, K, Q, H] as [B, K, groups, block, H]."""
+    return x.reshape(*x.shape[:2], x.shape[2] // block, block, x.shape[3])

@@ -2,9 +2,9 @@
 
     python scripts/bench/modes.py --out scripts/bench/results/modes-cpu
 
-Greedy. Every prompt is answered by `ar` and by `self_speculative`, alone and in ragged batches of eight,
-side by side in one run, warm; then by block diffusion at several thresholds, whose answers are scored by
-the causal mode. Writes <out>.json, <out>.md and <out>.png.
+Greedy. Every prompt is answered by `ar` and by `self_speculative`, alone and in ragged batches of
+eight, side by side in one run, warm; then by block diffusion at several thresholds, whose answers
+are scored by the causal mode. Writes <out>.json, <out>.md and <out>.png.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import subprocess
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ import numpy as np
 import tyro
 
 import dllm_jax as dj
+from dllm_jax.nn.transformer import forward, logits_of
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
 
@@ -75,7 +77,9 @@ def main(config: Modes) -> None:
 
 def answers(result) -> list[list[int]]:
     """The tokens of each row, without padding."""
-    return [np.asarray(t)[: int(n)].tolist() for t, n in zip(result.tokens, result.lengths, strict=True)]
+    return [
+        np.asarray(t)[: int(n)].tolist() for t, n in zip(result.tokens, result.lengths, strict=True)
+    ]
 
 
 def timed(ask, rows, recipe):
@@ -88,7 +92,7 @@ def timed(ask, rows, recipe):
 def alone(ask, rows, speculative):
     """Each prompt alone, the two exact modes in turn."""
     ar = dj.recipes.ar()
-    for bucket in {-(-len(row) // 64) for row in rows}:  # compile every bucket of prompt lengths first
+    for bucket in {-(-len(row) // 64) for row in rows}:  # compile first
         row = next(r for r in rows if -(-len(r) // 64) == bucket)
         for recipe in (ar, speculative):
             timed(ask, [row], recipe)
@@ -116,15 +120,15 @@ def alone(ask, rows, speculative):
 
 
 def _batches(rows, size: int):
-    """Ragged batches of one shape: the last is filled up with the first rows. Yields (indices, rows)."""
+    """Yields (indices, ragged batch) of one shape; the first rows fill up the last batch."""
     for start in range(0, len(rows), size):
         index = [(start + i) % len(rows) for i in range(size)]
         yield index, dj.pad([rows[i] for i in index], bucket=128)
 
 
-def in_batches(ask, rows, ar_answers, config: Modes) -> list[dict]:
-    """Ragged batches of eight, at several widths, against what `ar` answered to each prompt alone."""
-    table = []
+def in_batches(ask, rows, ar_answers, config: Modes) -> list[dict[str, Any]]:
+    """Ragged batches, at several widths, against what `ar` answered to each prompt alone."""
+    table: list[dict[str, Any]] = []
     for name, recipe in [("ar", dj.recipes.ar())] + [
         (f"speculative, width {w}", dj.recipes.self_speculative(width=w)) for w in config.widths
     ]:
@@ -165,11 +169,12 @@ def diffusion(ask, model, params, rows, ar_answers, config: Modes) -> list[dict]
                 kept[i], nfe[i] = answer, int(result.nfe[place])
                 queries[i] = int(result.queries[place])
         tokens = sum(map(len, kept.values()))
+        by_row = [kept[i] for i in range(len(rows))]
         table.append({
             "threshold": threshold,
             "tokens_per_forward": tokens / sum(nfe.values()),
             "overhead": sum(queries.values()) / tokens,
-            "log_likelihood": score(model, params, rows, [kept[i] for i in range(len(rows))], config),
+            "log_likelihood": score(model, params, rows, by_row, config),
         })  # fmt: skip
     return table
 
@@ -179,8 +184,8 @@ def score(model, params, rows, kept, config: Modes) -> float:
 
     @jax.jit
     def log_likelihood(params, tokens):
-        hidden = model.apply({"params": params}, tokens[:, :-1], canvas=False).hidden
-        logits = jax.nn.log_softmax(model.apply({"params": params}, hidden, method="logits"))
+        hidden = forward(model, params, tokens[:, :-1], canvas=False).hidden
+        logits = jax.nn.log_softmax(logits_of(model, params, hidden))
         return jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
 
     total = count = 0
@@ -199,15 +204,18 @@ def markdown(report: dict, config: Modes) -> str:
     """The results as tables."""
     a = report["alone"]
     lines = [
-        f"{report['device']}, jax {report['versions']['jax']}, commit {report['commit']}, {report['date']}; "
+        f"{report['device']}, jax {report['versions']['jax']}, commit {report['commit']}, "
+        f"{report['date']}; "
         f"{a['prompts']} prompts, up to {config.max_new_tokens} tokens, greedy, {config.dtype}.",
         "",
         f"Alone, width {config.width}: {a['equal']} of {a['prompts']} answers equal to `ar`; "
         f"{a['tokens_per_forward']:.2f} tokens per forward, overhead {a['overhead']:.1f}; "
-        f"{a['tokens_per_second']['speculative']:.1f} against {a['tokens_per_second']['ar']:.1f} tokens/s "
+        f"{a['tokens_per_second']['speculative']:.1f} against "
+        f"{a['tokens_per_second']['ar']:.1f} tokens/s "
         f"({a['speedup']:.2f}x).",
         "",
-        f"| ragged batches of {config.batch} | equal to `ar` alone | tokens per forward | overhead | tokens/s | against `ar` |",
+        f"| ragged batches of {config.batch} | equal to `ar` alone | tokens per forward | overhead "
+        "| tokens/s | against `ar` |",
         "|---|---|---|---|---|---|",
     ]
     for r in report["batches"]:
@@ -217,13 +225,15 @@ def markdown(report: dict, config: Modes) -> str:
         )
     lines += [
         "",
-        f"| diffusion, block {config.block_size}, threshold | tokens per forward | overhead | nats per answer token under `ar` |",
+        f"| diffusion, block {config.block_size}, threshold | tokens per forward | overhead "
+        "| nats per answer token under `ar` |",
         "|---|---|---|---|",
     ]
     for r in report["diffusion"]:
         name = "(`ar` itself)" if r["threshold"] is None else f"{r['threshold']:g}"
         lines.append(
-            f"| {name} | {r['tokens_per_forward']:.2f} | {r['overhead']:.1f} | {r['log_likelihood']:.3f} |"
+            f"| {name} | {r['tokens_per_forward']:.2f} | {r['overhead']:.1f} "
+            f"| {r['log_likelihood']:.3f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -238,7 +248,9 @@ def picture(report: dict, path: Path) -> None:
     figure, axis = pyplot.subplots(figsize=(6, 4))
     rows = report["diffusion"][1:]
     x = [row["tokens_per_forward"] for row in rows]
-    axis.plot(x, [row["log_likelihood"] for row in rows], marker="o", label="diffusion, by threshold")
+    axis.plot(
+        x, [row["log_likelihood"] for row in rows], marker="o", label="diffusion, by threshold"
+    )
     for row in rows:
         axis.annotate(
             f"{row['threshold']:g}", (row["tokens_per_forward"], row["log_likelihood"]),
