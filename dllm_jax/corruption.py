@@ -27,8 +27,8 @@ class MaskedBlocks:
 
     Blocks lie side by side from a random offset and wrap around the answer, so that every answer
     token is covered about equally often, at every place in a block. A share of the blocks is all
-    masks: what a drafter sees. In the others the first token is visible, as it is when a block is
-    being denoised (the causal mode writes it), and each other token is masked with the block's own
+    masks: what a drafter sees, and a fresh canvas. In the others the first token is masked (a
+    canvas begins at the first unwritten position), and each other one with the block's own
     probability t ~ U(0, 1).
     """
 
@@ -62,14 +62,14 @@ class MaskedBlocks:
         positions = starts[..., None] + place
         whole = jax.random.uniform(whole_key, (*shape[:2], 1)) < self.whole
         level = jax.random.uniform(level_key, (*shape[:2], 1))
-        masked = whole | ((jax.random.uniform(mask_key, shape) < level) & (place > 0))
+        masked = whole | (place == 0) | (jax.random.uniform(mask_key, shape) < level)
 
         def at(index):
             flat = jnp.minimum(index, tokens.shape[1] - 1).reshape(batch, -1)
             return jnp.take_along_axis(tokens, flat, axis=1).reshape(shape)
 
-        # An entry has something to learn when its target is hidden from it: a mask of its block. What
-        # lies behind the block is drafted by a mask at its last place; a visible token has no need to.
+        # An entry learns what its block hides from it: a masked target. The token behind the block
+        # is hidden from all of it, and drafted by the last entry when that is a mask itself.
         hidden = jnp.concatenate([masked[..., 1:], masked[..., -1:]], axis=-1)
         learns = (
             hidden

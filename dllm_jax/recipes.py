@@ -29,9 +29,10 @@ class Verified:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockDiffusion:
-    """Denoises a block of `block_size` positions, then caches it exactly and goes on to the next.
+    """Denoises the `block_size` positions behind the written text, over an exact prefix cache.
 
-    The pass that caches a finished block is also the first denoising step of the next one.
+    Each pass writes the first of them, as the causal mode would, and those behind it that `commit`
+    picks; whatever is gapless goes into the cache in the next pass, and the canvas slides on.
     """
 
     block_size: int = dataclasses.field(default=4, metadata={"static": True})

@@ -59,21 +59,22 @@ def make_train_step(
     """A jitted `step(state, params, batch, key) -> (state, figures)`; `state` is donated.
 
     `params` are all parameters; those that `state.trainable` holds are taken from the state. The
-    noise is drawn from `fold_in(key, state.step)`.
+    noise is drawn from `fold_in(key, state.step)`. The same arguments share one compiled program.
     """
+    return partial(_step, model, objective, tx)
 
-    def step(state: TrainState, params: Params, batch, key: Key):
-        def loss(trainable):
-            noise = jax.random.fold_in(key, state.step)
-            return objective.loss(model, {**params, **trainable}, batch, noise)
 
-        (total, figures), grads = jax.value_and_grad(loss, has_aux=True)(state.trainable)
-        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
-        figures = {"loss": total, **figures, "grad_norm": optax.global_norm(grads)}
-        return TrainState(state.step + 1, trainable, opt_state), figures
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
+def _step(model, objective, tx, state: TrainState, params: Params, batch, key: Key):
+    def loss(trainable):
+        noise = jax.random.fold_in(key, state.step)
+        return objective.loss(model, {**params, **trainable}, batch, noise)
 
-    return jax.jit(step, donate_argnums=0)
+    (total, figures), grads = jax.value_and_grad(loss, has_aux=True)(state.trainable)
+    updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+    trainable = optax.apply_updates(state.trainable, updates)
+    figures = {"loss": total, **figures, "grad_norm": optax.tree.norm(grads)}
+    return TrainState(state.step + 1, trainable, opt_state), figures
 
 
 def evaluate(
@@ -249,7 +250,7 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
 
 
 @contextlib.contextmanager
-def _metrics(path: Path, done: int) -> Iterator[Callable[[dict[str, float]], None]]:
+def _metrics(path: Path, done: int) -> Iterator[Callable[[dict[str, float | int]], None]]:
     """Appends JSON lines; lines of steps that the checkpoint does not know are dropped first."""
     if path.exists():
         kept = [row for row in read_metrics(path) if row["step"] <= done]
@@ -260,7 +261,7 @@ def _metrics(path: Path, done: int) -> Iterator[Callable[[dict[str, float]], Non
         yield lambda row: print(json.dumps(row), file=file)
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[dict[str, float | int]]:
     """The rows of a metrics file; a last line that a crash cut short is left out."""
     rows = []
     for line in path.read_text().splitlines():

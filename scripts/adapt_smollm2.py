@@ -10,6 +10,7 @@ for `load(adapter=...)`.
 """
 
 import dataclasses
+import json
 from pathlib import Path
 
 import jax
@@ -33,6 +34,8 @@ class Adapt:
     run: Path
     """Folder of the checkpoints, the metrics and the adapter."""
     model: str = "smollm2-135m-instruct"
+    init: Path | None = None
+    """Start from the adapter in this folder instead of a fresh one; its size wins."""
     adapter: AdapterConfig = AdapterConfig(rank=16)
     noise: MaskedBlocks = MaskedBlocks(block_size=4, blocks=48, whole=0.6, decay=0.85)
     optimiser: training.Optimiser = training.Optimiser()
@@ -53,14 +56,16 @@ class Adapt:
 
 def main(config: Adapt) -> None:
     """Trains, or goes on training, and exports."""
-    base, params = load(config.model, adapter=None)
-    settings = dataclasses.replace(
-        base.config, adapter=config.adapter, mask_id=base.config.vocab_size, dtype=config.dtype
-    )
-    model = Transformer(settings)
-    shapes = param_shapes(settings)["adapter"]
-    params["adapter"] = init_adapter(jax.random.key(config.seed), shapes, config.adapter, params)
-    objective = DualStream(noise=config.noise, frozen_layers=config.adapter.first_layer)
+    base, params = load(config.model, adapter=config.init)
+    if config.init is None:
+        changes = dict(adapter=config.adapter, mask_id=base.config.vocab_size)
+        settings = dataclasses.replace(base.config, **changes, dtype=config.dtype)
+        shapes, key = param_shapes(settings)["adapter"], jax.random.key(config.seed)
+        params["adapter"] = init_adapter(key, shapes, config.adapter, params)
+    else:
+        settings = dataclasses.replace(base.config, dtype=config.dtype)
+    model, size = Transformer(settings), settings.adapter
+    objective = DualStream(noise=config.noise, frozen_layers=size.first_layer if size else 0)
     tx = config.optimiser.build(config.steps)
     fit = training.Fit(
         steps=config.steps, batch=config.batch, length=config.length, seed=config.seed,
@@ -81,10 +86,14 @@ def main(config: Adapt) -> None:
         print(f"step {step} of {config.steps}, saved; the same command continues")
         return
     noisy = config.noise.blocks * config.noise.block_size * config.batch
+    before = {"steps": 0, "noisy_tokens_seen": 0}
+    if config.init is not None:
+        before = json.loads((config.init / "adapter.json").read_text())["meta"]
     meta = {
         "base": config.model,
-        "steps": step,
-        "noisy_tokens_seen": step * noisy,
+        "steps": before["steps"] + step,
+        "noisy_tokens_seen": before["noisy_tokens_seen"] + step * noisy,
+        "init": before if config.init else None,
         "conversations": len(source),
         "answer_tokens": source.answer_tokens,
         "block_size": config.noise.block_size,
@@ -98,7 +107,8 @@ def main(config: Adapt) -> None:
 def _plain(config: Adapt) -> dict:
     """The run's settings without its folders, for the record in the adapter."""
     fields = dataclasses.asdict(config)
-    return {k: v for k, v in fields.items() if k not in ("data", "run", "export")}
+    left_out = ("data", "run", "export", "init", "minutes")
+    return {k: v for k, v in fields.items() if k not in left_out}
 
 
 if __name__ == "__main__":

@@ -184,10 +184,10 @@ def _padded(rows: list[list[int]]) -> Prompt:
 
 
 def _frame(state: DecodeState, size: int, eos_ids: tuple[int, ...]) -> Frame:
-    small = (state.tokens, state.prompt, state.written, state.limit, state.start, state.drafts,
-             state.stop, state.nfe, state.queries)  # fmt: skip
-    tokens, prompt, written, limit, start, drafts, stop, nfe, queries = jax.device_get(small)
-    ends = np.minimum(np.maximum(start + size, written), limit)
+    small = (state.tokens, state.prompt, state.written, state.limit, state.drafts, state.stop,
+             state.nfe, state.queries)  # fmt: skip
+    tokens, prompt, written, limit, drafts, stop, nfe, queries = jax.device_get(small)
+    ends = np.minimum(written + size, limit)
     return Frame(tokens, prompt, written, ends, drafts, stop, nfe, queries, state.mask_id, eos_ids)
 
 

@@ -1,14 +1,18 @@
 """One step of block diffusion: a forward pass over a canvas, and what of it is committed.
 
-    canvas of a row, block size 4, m a mask         positions  s    s+1  s+2  s+3
-    first step, with the finished block before it              m    m    m    m
-    after it: s from the causal mode, s+2 confident            x    m    x    m
-    later                                                      x    x    x    x
+The canvas is the `block_size` positions behind the written text. Written tokens are causal, so as
+soon as they are gapless they move into the cache, exactly, and the canvas slides on; in the same
+pass:
 
-Outputs are shifted (the entry at position i predicts token i + 1), so the token at `s` comes from
-the last clean token before the block, which is why it is written at the first step whatever its
-confidence. The pass that puts a finished block into the cache is the first denoising step of the
-next one.
+    entries   newly written tokens | canvas       m: mask
+    step 1    (the prompt)         | m  m  m  m
+    step 2    x                    | m  y  m  m   the third position was confident before the second
+    step 3    x  y                 | m  m  m  m
+
+Outputs are shifted (the entry at position i predicts token i + 1), so the canvas's first token
+comes from the last written one, with all of its context: the causal mode's own prediction, written
+at every step. The policy adds the positions behind it that are good enough. At a threshold of 1
+this is autoregressive decoding.
 """
 
 import dataclasses
@@ -34,91 +38,50 @@ def prefill_queries(recipe: BlockDiffusion) -> int:
 
 
 def first_tokens(model, params, recipe: BlockDiffusion, keys, state: DecodeState, last, masks):
-    """The first step of the first block, from the prefill's hidden states [B, 1 | T, D]."""
-    return _commit(
-        model, params, recipe, keys, state, jnp.concatenate([last, masks[:, :-1]], axis=1)
-    )
+    """The first step, from the prefill's hidden states: `last` [B, 1, D], `masks` [B, T, D]."""
+    tokens = _open(state, state.written, recipe.block_size)
+    state = dataclasses.replace(state, tokens=tokens)
+    return _commit(model, params, recipe, keys, state, last, masks)
 
 
 def step(
     model: Transformer, params: Params, recipe: BlockDiffusion, keys: Key | None, state: DecodeState
 ) -> DecodeState:
-    """One forward pass: a row with a finished block caches it and opens the next one."""
-    return jax.lax.cond(
-        _complete(recipe, state).any(),
-        lambda s: _pass(model, params, recipe, keys, s, fused=True),
-        lambda s: _pass(model, params, recipe, keys, s, fused=False),
-        state,
-    )
-
-
-def _complete(recipe: BlockDiffusion, state: DecodeState) -> jax.Array:
-    """bool[B]: running rows whose block is written and not yet cached."""
-    return ~state.finished & (state.written >= state.start + recipe.block_size)
-
-
-def _pass(model, params, recipe, keys, state: DecodeState, *, fused: bool) -> DecodeState:
-    size, batch = recipe.block_size, state.tokens.shape[0]
-    done = _complete(recipe, state)
-    block = window(state.tokens, state.start, size)
-    state = dataclasses.replace(
-        state,
-        start=state.start + jnp.where(done, size, 0),
-        block_step=jnp.where(done, 0, state.block_step),
-    )
-    open_block = jnp.full((batch, size), state.mask_id, jnp.int32)
-    state = dataclasses.replace(
-        state,
-        tokens=put(
-            state.tokens, state.start, open_block, jnp.broadcast_to(done[:, None], block.shape)
+    """Caches what was written, denoises the canvas behind it, and commits."""
+    size = recipe.block_size
+    fresh = state.written - state.cache.lengths  # 1 to block_size in a running row
+    index = jnp.arange(size)
+    clean = window(state.tokens, state.cache.lengths, size)
+    canvas = window(state.tokens, state.written, size)
+    out = forward(
+        model,
+        params,
+        jnp.concatenate([clean, canvas], axis=1),
+        mask=BlockMask.dual_stream(size, size, stride=0, offset=size),
+        positions=jnp.concatenate(
+            [state.cache.lengths[:, None] + index, state.written[:, None] + index], axis=1
         ),
+        cache=state.cache,
+        lengths=fresh,
     )
-    canvas = window(state.tokens, state.start, size)
-    positions = state.start[:, None] + jnp.arange(size)
-    if fused:
-        out = forward(
-            model,
-            params,
-            jnp.concatenate([block, canvas], axis=1),
-            mask=BlockMask.dual_stream(size, size, stride=0, offset=size),
-            positions=jnp.concatenate(
-                [state.cache.lengths[:, None] + jnp.arange(size), positions], 1
-            ),
-            cache=state.cache,
-            lengths=jnp.where(done, size, 0),
-        )
-        cache = append(state.cache, out.kv[:, :, :, :size], jnp.where(done, size, 0))
-        before, hidden = out.hidden[:, size - 1 : size], out.hidden[:, size:]
-        before = jnp.where(done[:, None, None], before, 0)
-    else:
-        out = forward(
-            model,
-            params,
-            canvas,
-            mask=BlockMask.block_diagonal(size),
-            positions=positions,
-            cache=state.cache,
-        )
-        cache, hidden = state.cache, out.hidden
-        before = jnp.zeros_like(hidden[:, :1])
-    shifted = jnp.concatenate([before, hidden[:, :-1]], axis=1)
-    entries = jnp.where(done, 2 * size, size)
+    last = jnp.take_along_axis(out.hidden, fresh[:, None, None] - 1, axis=1)
+    counts = jnp.where(state.finished, 0, fresh)
     state = dataclasses.replace(
         state,
-        cache=cache,
+        cache=append(state.cache, out.kv[:, :, :, :size], counts),
         nfe=state.nfe + ~state.finished,
-        queries=state.queries + jnp.where(state.finished, 0, entries),
+        queries=state.queries + jnp.where(state.finished, 0, fresh + size),
     )
-    return _commit(model, params, recipe, keys, state, shifted)
+    return _commit(model, params, recipe, keys, state, last, out.hidden[:, size:])
 
 
-def _commit(model, params, recipe, keys, state: DecodeState, shifted) -> DecodeState:
-    """Writes what the policy picks. `shifted[:, j]` [B, T, D] predicts token `start + j`."""
+def _commit(model, params, recipe, keys, state: DecodeState, last, noisy) -> DecodeState:
+    """Writes the first token of the canvas and what the policy picks, and slides the canvas on."""
     size, eos_ids = recipe.block_size, model.config.eos_ids
     index = jnp.arange(size)
-    positions = state.start[:, None] + index
-    canvas = window(state.tokens, state.start, size)
-    logits = logits_of(model, params, shifted)
+    positions = state.written[:, None] + index
+    canvas = window(state.tokens, state.written, size)
+    logits = logits_of(model, params, jnp.concatenate([last, noisy[:, :-1]], axis=1))
     probs = jax.nn.softmax(logits, axis=-1)
     if keys is None:
         tokens = logits.argmax(axis=-1).astype(jnp.int32)
@@ -126,27 +89,31 @@ def _commit(model, params, recipe, keys, state: DecodeState, shifted) -> DecodeS
         tokens = draw(keys, positions, _TOKEN, probabilities(logits, recipe.sampling))
     confidence = jnp.take_along_axis(probs, tokens[..., None], axis=-1)[..., 0]
 
-    end = jnp.where(is_end(canvas, eos_ids), index, size).min(axis=1)  # what follows is moot
-    needed = (canvas == state.mask_id) & (index < end[:, None])
-    needed &= (positions < state.limit[:, None]) & ~state.finished[:, None]
-    first = state.block_step[:, None] == 0
-    view = CommitView(probs, tokens, confidence, needed & ~(first & (index == 0)), state.block_step)
-    commit = recipe.commit.commit(view) & needed
-    commit |= needed & first & (index == 0)
-    best = jnp.where(needed, confidence, -1.0).argmax(axis=1)
-    commit |= needed & (index == best[:, None]) & ~commit.any(axis=1, keepdims=True)
+    end = jnp.where(is_end(canvas, eos_ids), index, size).min(axis=1)  # what follows it is moot
+    needed = (canvas == state.mask_id) & (index < end[:, None]) & ~state.finished[:, None]
+    needed &= positions < state.limit[:, None]
+    behind = needed & (index > 0)
+    commit = recipe.commit.commit(CommitView(probs, tokens, confidence, behind)) & behind
+    commit |= needed & (index == 0)
 
     canvas = jnp.where(commit, tokens, canvas)
-    solid = jnp.cumprod(canvas != state.mask_id, axis=1).sum(axis=1)  # gapless from the left
+    gapless = jnp.cumprod(canvas != state.mask_id, axis=1).sum(axis=1)
     end = jnp.where(is_end(canvas, eos_ids), index, size).min(axis=1)
-    ended = end < solid
-    written = jnp.minimum(state.start + jnp.where(ended, end + 1, solid), state.limit)
+    ended = end < gapless
+    written = state.written + jnp.where(ended, end + 1, gapless)
+    written = jnp.where(state.finished, state.written, jnp.minimum(written, state.limit))
     stop = jnp.where(ended, END_OF_TURN, jnp.where(written >= state.limit, LENGTH, RUNNING))
-    stop = jnp.where(ended & (state.start + end >= state.limit), LENGTH, stop)
-    return dataclasses.replace(
+    state = dataclasses.replace(
         state,
-        tokens=put(state.tokens, state.start, tokens, commit),
-        written=jnp.where(state.finished, state.written, written),
-        block_step=state.block_step + 1,
+        tokens=put(state.tokens, state.written, tokens, commit),
         stop=jnp.where(state.finished, state.stop, stop),
     )
+    opened = jnp.where(state.finished[:, None], False, index < (written - state.written)[:, None])
+    tokens = _open(state, state.written + size, size, opened)
+    return dataclasses.replace(state, tokens=tokens, written=written)
+
+
+def _open(state: DecodeState, start, size: int, keep=True) -> jax.Array:
+    """The tokens with masks written at `start` and on, wherever `keep` [B, size]."""
+    masks = jnp.full((state.tokens.shape[0], size), state.mask_id, jnp.int32)
+    return put(state.tokens, start, masks, jnp.broadcast_to(keep, masks.shape))

@@ -182,19 +182,13 @@ def _start(model, params, prompt: Prompt, recipe, budget, keys, *, slots) -> Dec
     last = jnp.take_along_axis(out.hidden, prompt.lengths[:, None, None] - 1, axis=1)
     tokens = jnp.full((batch, slots), config.pad_id, jnp.int32)
     tokens = tokens.at[:, :width].set(prompt.tokens)
-    index = jnp.arange(slots)
-    ahead = prompt.lengths[:, None]
-    tokens = jnp.where(index >= ahead, config.pad_id, tokens)
-    if isinstance(recipe, BlockDiffusion):
-        tokens = jnp.where((index >= ahead) & (index < ahead + masks), mask_id, tokens)
+    tokens = jnp.where(jnp.arange(slots) < prompt.lengths[:, None], tokens, config.pad_id)
     sampled = config.vocab_size if keys is not None and isinstance(recipe, Verified) else 0
     state = DecodeState(
         tokens=tokens,
         prompt=prompt.lengths,
         written=prompt.lengths,
         limit=prompt.lengths + budget,
-        start=prompt.lengths,
-        block_step=jnp.zeros(batch, jnp.int32),
         drafts=jnp.zeros((batch, masks), jnp.int32),
         draft_probs=jnp.zeros((batch, masks, sampled), jnp.float32),
         cache=append(model.cache(batch, slots), out.kv[:, :, :, :width], prompt.lengths),

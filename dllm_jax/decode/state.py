@@ -20,8 +20,6 @@ class DecodeState:
     prompt: jax.Array  # int32[B]: tokens of the prompt
     written: jax.Array  # int32[B]: tokens that are final and gapless, prompt included
     limit: jax.Array  # int32[B]: `written` may not exceed it
-    start: jax.Array  # int32[B]: first position of the current block (block diffusion)
-    block_step: jax.Array  # int32[B]: denoising steps that the current block has had
     drafts: jax.Array  # int32[B, W]: guesses at the tokens behind `written` (speculation)
     draft_probs: jax.Array  # float32[B, W, V] when sampling, else [B, W, 0]: their distributions
     cache: KVCache

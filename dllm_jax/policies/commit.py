@@ -1,8 +1,8 @@
-"""Which masked positions of a block to write at a denoising step.
+"""Which masked positions of a canvas to write at a denoising step.
 
 A policy is any pytree with a method `commit(view) -> bool[B, T]`; there is no base class. The loop
-writes only positions that are masked and needed, and when a policy picks none of them it writes
-the most confident one, so a block always ends.
+writes only positions that are masked and needed, and the canvas's first position at every step, so
+a policy that picks nothing still ends: it decodes one token at a time.
 """
 
 import dataclasses
@@ -21,7 +21,6 @@ class CommitView(NamedTuple):
     tokens: jax.Array  # int32[B, T]: the token that would be written
     confidence: jax.Array  # float32[B, T]: its probability among `probs`
     masked: jax.Array  # bool[B, T]: positions that may be written
-    step: jax.Array  # int32[B]: denoising steps that this block has had
 
 
 @jax.tree_util.register_dataclass
