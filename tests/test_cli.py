@@ -418,7 +418,7 @@ def test_convert_and_info(run, folder, tmp_path):
         "bfloat16",
         "mask 258, end 257",
         "rank 2",
-        "diffusion, block 8",
+        "diffusion, block 4",
         f"jax {jax.__version__}",
     ):
         assert word in page
