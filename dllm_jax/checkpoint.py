@@ -37,7 +37,7 @@ from dllm_jax.sources import Damaged
 from dllm_jax.tokenizer import Tokenizer
 from dllm_jax.typing import Params
 
-__all__ = ["convert", "load", "load_adapter", "save", "save_adapter"]
+__all__ = ["convert", "load", "load_adapter", "read_config", "save", "save_adapter"]
 
 PathLike = str | os.PathLike[str]
 
@@ -148,6 +148,18 @@ def load_adapter(
     config, arrays = read_adapter(folder, config)
     homes = _Placement(mesh, rules).shardings(config)["adapter"]
     return config, jax.tree.map(_put, arrays, homes)
+
+
+def read_config(found: sources.Source) -> TransformerConfig:
+    """The architecture of a model that `sources.resolve` found, without its weights."""
+    if found.kind == "gguf":
+        converted = sources.cache_entry(found.path)
+        if (converted / "config.json").exists():  # parsing a GGUF file's vocabulary takes seconds
+            return _read_facts(converted).config
+        return weights.open_gguf(sources.open_gguf(found.path), str(found.path)).config
+    if found.kind == "published":
+        return weights.open_folder(found.path).config
+    return _read_facts(found.path).config
 
 
 # Placing
@@ -280,7 +292,9 @@ def _load_folder(
     _check_tree(stored, config, f"{folder}")
     drop = config.adapter is not None and not keep_adapter
     if drop:
-        config = dataclasses.replace(config, adapter=None)
+        own = config.mask_id is not None and config.mask_id >= config.vocab_size
+        mask_id = None if own else config.mask_id  # a mask of the adapter's goes with it
+        config = dataclasses.replace(config, adapter=None, mask_id=mask_id)
         stored = {key: value for key, value in stored.items() if key != "adapter"}
     dtypes = jax.tree.map(lambda leaf: dtype or leaf.dtype, stored)
     if dtype is not None:

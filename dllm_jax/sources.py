@@ -98,21 +98,25 @@ def _packaged(name: str) -> Source:
     return Source(kind="gguf", path=epath.Path(files[0]), name=name)
 
 
-def cache_entry(file: epath.Path) -> epath.Path:
-    """The folder that holds (or will hold) the converted copy of a file, in the user's cache.
-
-    The cache is `$DLLM_JAX_CACHE`, else `$XDG_CACHE_HOME/dllm_jax`, else `~/.cache/dllm_jax`. A
-    file is known by its name, size and time of change, so a new file is a new entry; so is a new
-    layout of ours.
-    """
+def cache_folder() -> epath.Path:
+    """The user's cache: `$DLLM_JAX_CACHE`, else `dllm_jax` in `$XDG_CACHE_HOME` or `~/.cache`."""
     root = os.environ.get("DLLM_JAX_CACHE")
     if not root:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         root = Path(base) / "dllm_jax"
+    return epath.Path(root).expanduser()
+
+
+def cache_entry(file: epath.Path) -> epath.Path:
+    """The folder that holds (or will hold) the converted copy of a file, in the user's cache.
+
+    A file is known by its name, size and time of change, so a new file is a new entry; so is a new
+    layout of ours.
+    """
     status = os.stat(file)
     identity = f"{VERSION}/{file.name}/{status.st_size}/{status.st_mtime_ns}"
     digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    return epath.Path(root).expanduser() / f"{file.stem}-{digest}"
+    return cache_folder() / f"{file.stem}-{digest}"
 
 
 def read_json(file: epath.Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +72,7 @@ def _step(model, objective, tx, state: TrainState, params: Params, batch, key: K
 
     (total, figures), grads = jax.value_and_grad(loss, has_aux=True)(state.trainable)
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
-    trainable = optax.apply_updates(state.trainable, updates)
+    trainable = cast(Params, optax.apply_updates(state.trainable, updates))
     figures = {"loss": total, **figures, "grad_norm": optax.tree.norm(grads)}
     return TrainState(state.step + 1, trainable, opt_state), figures
 
@@ -174,8 +174,8 @@ def fit(
 def _checkpointer(run: Path) -> Iterator[ocp.training.Checkpointer]:
     policies = ocp.training.preservation_policies
     checkpointer = ocp.training.Checkpointer(
-        (run / "checkpoints").absolute(),
-        preservation_policy=policies.LatestN(2),
+        str((run / "checkpoints").absolute()),
+        preservation_policy=policies.LatestN(2),  # pyrefly: ignore[bad-argument-type]
         cleanup_tmp_directories=True,  # what a killed process left half written
     )
     try:
@@ -250,7 +250,7 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
 
 
 @contextlib.contextmanager
-def _metrics(path: Path, done: int) -> Iterator[Callable[[dict[str, float | int]], None]]:
+def _metrics(path: Path, done: int) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Appends JSON lines; lines of steps that the checkpoint does not know are dropped first."""
     if path.exists():
         kept = [row for row in read_metrics(path) if row["step"] <= done]
@@ -261,7 +261,7 @@ def _metrics(path: Path, done: int) -> Iterator[Callable[[dict[str, float | int]
         yield lambda row: print(json.dumps(row), file=file)
 
 
-def read_metrics(path: Path) -> list[dict[str, float | int]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics file; a last line that a crash cut short is left out."""
     rows = []
     for line in path.read_text().splitlines():
@@ -317,7 +317,8 @@ def plot(run: Path) -> Path | None:
                     *zip(*points, strict=True), label=name, marker="o" if "heldout" in name else ""
                 )
         axis.set_xlabel("step")
-        axis.legend()
+        if axis.lines:
+            axis.legend()
     left.set_ylabel("nats per learnt token")
     right.set_ylabel("drafts that a greedy check would pass")
     figure.tight_layout()

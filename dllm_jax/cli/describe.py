@@ -13,11 +13,9 @@ import jax.numpy as jnp
 from etils import epath
 
 import dllm_jax
-from dllm_jax import sources
+from dllm_jax import checkpoint, sources
 from dllm_jax.cli.answering import has_mask
-from dllm_jax.models import weights
 from dllm_jax.models.adapters import read_adapter
-from dllm_jax.nn.adapters import AdapterConfig
 from dllm_jax.nn.transformer import TransformerConfig, param_shapes
 
 ROLES = ("embedding", "attention", "mlp", "norms", "head", "adapter")
@@ -30,7 +28,7 @@ def describe(
     dtype: str | None = None,
     batch: int = 1,
     context: int = 2048,
-    block_size: int = 8,
+    block_size: int = 4,
     width: int = 4,
 ) -> str:
     """A page about a model: architecture, parameters and memory by role, devices, versions.
@@ -49,7 +47,7 @@ def describe(
         if size < 1:
             raise ValueError(f"--{name} {size} must be at least 1")
     found = sources.resolve(source)
-    config = read_config(found)
+    config = checkpoint.read_config(found)
     own = config.adapter is not None  # part of a folder of ours
     folder = _adapter_folder(found, adapter)
     if folder is not None:
@@ -69,25 +67,6 @@ def describe(
         *_machine(),
     ]
     return "\n".join(lines)
-
-
-def read_config(found: sources.Source) -> TransformerConfig:
-    """The architecture of a model that was found."""
-    if found.kind == "gguf":
-        converted = sources.cache_entry(found.path)
-        if (converted / "config.json").exists():  # parsing a GGUF file's vocabulary takes seconds
-            return read_config(sources.Source(kind="orbax", path=converted))
-        return weights.open_gguf(sources.open_gguf(found.path), str(found.path)).config
-    if found.kind == "published":
-        return weights.open_folder(found.path).config
-    file = found.path / "config.json"
-    facts = sources.read_json(file)
-    sources.check_format(facts, sources.FORMAT, file)
-    fields = dict(facts.get("config", {}))
-    if fields.get("adapter"):
-        fields["adapter"] = sources.build(AdapterConfig, fields["adapter"], file)
-    fields["eos_ids"] = tuple(fields.get("eos_ids", ()))
-    return sources.build(TransformerConfig, fields, file)
 
 
 def counts(config: TransformerConfig) -> dict[str, int]:

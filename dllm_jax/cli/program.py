@@ -102,13 +102,11 @@ def _quiet(debug: bool) -> None:
 def _keep_compiled() -> None:
     """Keeps compiled programs on disk, the small ones too; a place that the user set is left."""
     import jax
-    from etils import epath
 
     from dllm_jax import sources
 
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
-    ours = sources.cache_entry(epath.Path(__file__)).parent  # where every entry of the cache lies
-    jax.config.update("jax_compilation_cache_dir", str(ours / "xla"))
+    jax.config.update("jax_compilation_cache_dir", str(sources.cache_folder() / "xla"))
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
