@@ -342,7 +342,7 @@ class Optimiser:
         schedule = optax.warmup_cosine_decay_schedule(
             0.0,
             self.learning_rate,
-            min(self.warmup, max(steps - 1, 1)),
+            min(self.warmup, steps - 1),
             steps,
             self.learning_rate * self.final,
         )
