@@ -63,6 +63,7 @@ class MaskedBlocks:
         whole = jax.random.uniform(whole_key, (*shape[:2], 1)) < self.whole
         level = jax.random.uniform(level_key, (*shape[:2], 1))
         masked = whole | (place == 0) | (jax.random.uniform(mask_key, shape) < level)
+        masked |= positions >= lengths[:, None, None]  # a decoder never sees behind the end
 
         def at(index):
             flat = jnp.minimum(index, tokens.shape[1] - 1).reshape(batch, -1)

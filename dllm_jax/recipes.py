@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 
 from dllm_jax.ops.sampling import Sampling
 from dllm_jax.policies.commit import ConfidenceThreshold
@@ -49,7 +50,7 @@ Recipe = Verified | BlockDiffusion
 
 def ar(*, temperature=0.0, top_k=0, top_p=1.0) -> Verified:
     """Autoregressive: one token a forward pass."""
-    return Verified(sampling=Sampling(temperature, top_k, top_p))
+    return Verified(sampling=_sampling(temperature, top_k, top_p))
 
 
 def self_speculative(*, width: int = 4, temperature=0.0, top_k=0, top_p=1.0) -> Verified:
@@ -60,7 +61,7 @@ def self_speculative(*, width: int = 4, temperature=0.0, top_k=0, top_p=1.0) -> 
     """
     if width < 1:
         raise ValueError(f"width={width} must be at least 1; recipes.ar() drafts nothing")
-    return Verified(width=width, sampling=Sampling(temperature, top_k, top_p))
+    return Verified(width=width, sampling=_sampling(temperature, top_k, top_p))
 
 
 def block_diffusion(
@@ -69,6 +70,18 @@ def block_diffusion(
     """Block diffusion with a confidence threshold and an exact prefix cache."""
     return BlockDiffusion(
         block_size=block_size,
-        commit=ConfidenceThreshold(threshold),
-        sampling=Sampling(temperature, top_k, top_p),
+        commit=ConfidenceThreshold(_real(threshold)),
+        sampling=_sampling(temperature, top_k, top_p),
     )
+
+
+def _sampling(temperature, top_k, top_p) -> Sampling:
+    if isinstance(top_k, float | np.floating) and top_k != int(top_k):
+        raise ValueError(f"top_k={top_k} must be a whole number")
+    whole = top_k if isinstance(top_k, jax.Array) else int(top_k)
+    return Sampling(_real(temperature), whole, _real(top_p))
+
+
+def _real(number):
+    """One type for every way to write a number, so that 1 and 1.0 share a compiled program."""
+    return number if isinstance(number, jax.Array) else float(number)

@@ -49,8 +49,13 @@ def create(params: Params, names: tuple[str, ...], tx: optax.GradientTransformat
     unknown = [name for name in names if name not in params]
     if unknown:
         raise ValueError(f"nothing named {unknown} to train; the parameters have {sorted(params)}")
-    trainable = jax.tree.map(jnp.copy, {name: params[name] for name in names})  # steps donate it
-    return TrainState(jnp.int32(0), trainable, tx.init(trainable))
+
+    @jax.jit  # all of it where the parameters are: a state of mixed placement compiles a step twice
+    def start(given: Params) -> TrainState:
+        trainable = jax.tree.map(jnp.copy, given)  # steps donate it
+        return TrainState(jnp.int32(0), trainable, tx.init(trainable))
+
+    return start({name: params[name] for name in names})
 
 
 def make_train_step(

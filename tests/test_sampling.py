@@ -1,7 +1,5 @@
 """Filters against their plain definition; draws that depend on (key, position, stream) alone."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +26,7 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 
 def plain(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
-    """The definition for one row. Ties: a token stays when fewer than k, or less than p, beat it."""
+    """The definition for a row: a token stays when fewer than k, and less than p, beat it."""
     if temperature == 0:
         return np.eye(len(logits))[np.argmax(logits)]
     scaled = logits.astype(np.float64) / np.float32(temperature)
@@ -68,10 +66,10 @@ def test_temperature_0_takes_the_first_of_the_largest_and_forgets_the_filters():
 
 def test_filters_that_are_off_change_no_bit():
     logits = jax.random.normal(jax.random.key(0), (2, VOCAB))
-    plain = jax.jit(lambda x: jax.nn.softmax(x / 0.7, axis=-1))(logits)
-    np.testing.assert_array_equal(filtered(logits, Sampling(0.7)), plain)
+    expected = jax.nn.softmax(logits / jnp.float32(0.7), axis=-1)
+    np.testing.assert_array_equal(probabilities(logits, Sampling(0.7)), expected)
     everything = filtered(logits, Sampling(0.7, VOCAB, 1.0))
-    np.testing.assert_allclose(everything, plain, rtol=1e-6)
+    np.testing.assert_allclose(everything, expected, rtol=1e-6)
 
 
 def test_numbers_do_not_compile_again():
@@ -105,18 +103,20 @@ def test_draws_follow_the_distribution():
     assert abs(agree - jnp.square(probs).sum()) < 0.05, "rows draw the same numbers"
 
 
+both = jax.jit(lambda k, p, probs: (draw(k, p, 1, probs), uniform(k, p, 1)))
+
+
 def test_a_draw_depends_on_key_position_and_stream_alone():
     keys = jax.random.split(jax.random.key(4), 3)
     positions = jnp.array([[5, 6, 7, 8], [0, 1, 2, 3], [9, 2, 4, 1]])
     probs = jax.nn.softmax(jax.random.normal(jax.random.key(5), (3, 4, 64)))
-    tokens, numbers = draw(keys, positions, 1, probs), uniform(keys, positions, 1)
+    tokens, numbers = both(keys, positions, probs)
     assert ((numbers >= 0) & (numbers < 1)).all()
-    for row, columns in ((0, [0, 1, 2, 3]), (2, [3]), (1, [2, 0])):  # alone, fewer, in any order
-        one, at = slice(row, row + 1), jnp.array(columns)
-        alone = draw(keys[one], positions[one][:, at], 1, probs[one][:, at])
-        np.testing.assert_array_equal(alone, tokens[one][:, at])
-        alone = uniform(keys[one], positions[one][:, at], 1)
-        np.testing.assert_array_equal(alone, numbers[one][:, at])
+    for row, columns in ((0, [0, 1, 2, 3]), (2, [3]), (1, [2])):  # a row alone, one place alone
+        part = np.ix_([row], columns)
+        alone = both(keys[row : row + 1], positions[part], probs[part])
+        np.testing.assert_array_equal(alone[0], tokens[part])
+        np.testing.assert_array_equal(alone[1], numbers[part])
 
 
 @pytest.mark.parametrize("change", ["key", "position", "stream"])
@@ -132,10 +132,9 @@ def test_other_keys_positions_and_streams_draw_other_numbers(change):
     }[change]
     same = (draws(*here, probs) == draws(*there, probs)).mean()
     assert abs(same - 1 / VOCAB) < 0.1
-    number = partial(uniform)
-    correlation = np.corrcoef(number(*here)[0], number(*there)[0])[0, 1]
-    assert abs(correlation) < 0.25
-    assert not (number(*here) == number(*there)).any()
+    here, there = uniform(*here), uniform(*there)
+    assert abs(np.corrcoef(here[0], there[0])[0, 1]) < 0.25
+    assert not (here == there).any()
 
 
 @pytest.mark.parametrize(

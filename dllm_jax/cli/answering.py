@@ -14,7 +14,7 @@ from dllm_jax import checkpoint, recipes
 from dllm_jax.cli.options import Decoding, ModelOptions
 from dllm_jax.decode.generate import BUCKET, Prompt, generate, pad, stream
 from dllm_jax.decode.state import STOP_REASONS, DecodeState
-from dllm_jax.nn.transformer import Transformer, TransformerConfig
+from dllm_jax.nn.transformer import Transformer
 from dllm_jax.recipes import BlockDiffusion, Recipe
 from dllm_jax.tokenizer import Tokenizer
 from dllm_jax.typing import Key, Params
@@ -41,18 +41,11 @@ class Loaded(NamedTuple):
     def check(self, options: Decoding) -> None:
         """Raises ValueError where the model cannot decode in that way."""
         options.check()
-        if options.mode != "ar" and not has_mask(self.model.config):
+        if options.mode != "ar" and not self.model.config.has_mask:
             raise ValueError(
                 f"{self.name} has no diffusion adapter, which --mode {options.mode} needs:"
                 " give one with --adapter FOLDER, or use --mode ar"
             )
-
-
-def has_mask(config: TransformerConfig) -> bool:
-    """Whether the mask token has an embedding: the adapter's, or one of the vocabulary's."""
-    return config.mask_id is not None and (
-        config.adapter is not None or config.mask_id < config.vocab_size
-    )
 
 
 def load(options: ModelOptions) -> Loaded:

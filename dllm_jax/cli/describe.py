@@ -14,7 +14,6 @@ from etils import epath
 
 import dllm_jax
 from dllm_jax import checkpoint, sources
-from dllm_jax.cli.answering import has_mask
 from dllm_jax.models.adapters import read_adapter
 from dllm_jax.nn.transformer import TransformerConfig, param_shapes
 
@@ -126,7 +125,7 @@ def _architecture(source: str, found: sources.Source, c: TransformerConfig) -> I
     kind = {"gguf": "GGUF file", "published": "published folder", "orbax": "converted folder"}
     heads = f"{c.num_heads} of {c.head_dim}, {c.num_kv_heads} of keys and values"
     extras = ", biases" * c.qkv_bias + ", norms on queries and keys" * c.qk_norm
-    mask = c.mask_id if has_mask(c) else None
+    mask = c.mask_id if c.has_mask else None
     attention, alignment = (x.replace("_", " ") for x in (c.attention, c.alignment))
     yield source
     yield from _rows(
@@ -187,7 +186,7 @@ def _memory(
     held = sum(counts(c).values()) * jnp.dtype(c.param_dtype).itemsize
     cache = cache_bytes(c, batch, context)
     rows = [("ar", 1, 1)]
-    if has_mask(c):
+    if c.has_mask:
         # The pass that caches a finished block holds the next one too.
         rows += [(f"diffusion, block {block_size}", 2 * block_size, block_size)]
         rows += [(f"speculative, width {width}", (width + 1) ** 2, width + 1)]

@@ -21,8 +21,17 @@ import jax
 import jax.numpy as jnp
 
 from dllm_jax.cache import append
-from dllm_jax.decode.state import END_OF_TURN, LENGTH, RUNNING, DecodeState, is_end, put, window
-from dllm_jax.nn.transformer import Transformer, forward, logits_of
+from dllm_jax.decode.state import (
+    END_OF_TURN,
+    LENGTH,
+    RUNNING,
+    DecodeState,
+    is_end,
+    put,
+    scores,
+    window,
+)
+from dllm_jax.nn.transformer import Transformer, forward
 from dllm_jax.ops.sampling import draw, probabilities
 from dllm_jax.policies.commit import CommitView
 from dllm_jax.recipes import BlockDiffusion
@@ -70,7 +79,7 @@ def step(
         state,
         cache=append(state.cache, out.kv[:, :, :, :size], counts),
         nfe=state.nfe + ~state.finished,
-        queries=state.queries + jnp.where(state.finished, 0, fresh + size),
+        queries=state.queries + jnp.where(state.finished, 0, 2 * size),
     )
     return _commit(model, params, recipe, keys, state, last, out.hidden[:, size:])
 
@@ -81,7 +90,7 @@ def _commit(model, params, recipe, keys, state: DecodeState, last, noisy) -> Dec
     index = jnp.arange(size)
     positions = state.written[:, None] + index
     canvas = window(state.tokens, state.written, size)
-    logits = logits_of(model, params, jnp.concatenate([last, noisy[:, :-1]], axis=1))
+    logits = scores(model, params, jnp.concatenate([last, noisy[:, :-1]], axis=1))
     probs = jax.nn.softmax(logits, axis=-1)
     if keys is None:
         tokens = logits.argmax(axis=-1).astype(jnp.int32)

@@ -17,7 +17,7 @@ import numpy as np
 from dllm_jax.cache import append
 from dllm_jax.decode import block, verify
 from dllm_jax.decode.state import RUNNING, DecodeState, Result, result
-from dllm_jax.nn.transformer import Transformer, forward
+from dllm_jax.nn.transformer import Transformer, TransformerConfig, forward
 from dllm_jax.recipes import BlockDiffusion, Recipe, Verified
 from dllm_jax.typing import Key, Params
 from pallas_kernels import BlockMask
@@ -38,6 +38,10 @@ def pad(rows: Sequence[Sequence[int]], bucket: int = BUCKET) -> Prompt:
     Raises:
       ValueError: there is no row, or an empty one.
     """
+    if any(not hasattr(row, "__len__") for row in rows):
+        raise ValueError(
+            "a prompt is a list of rows, each a list of ids: [[1, 2, 3]], not [1, 2, 3]"
+        )
     if not rows or not all(len(row) for row in rows):
         raise ValueError("a prompt needs at least one row, and each row at least one token")
     width = -(-max(map(len, rows)) // bucket) * bucket
@@ -61,7 +65,7 @@ def generate(
     Args:
       model: what `load` returned; static.
       params: its parameters, on any device or mesh.
-      prompt: rows of ids, or a padded `Prompt`. Rows may differ in length.
+      prompt: rows of ids, which may differ in length; an array [B, P]; or a padded `Prompt`.
       recipe: how to decode, one of `dllm_jax.recipes` or your own.
       max_new_tokens: the most tokens an answer may have; a row stops earlier at an end-of-turn id.
       key: None decodes greedily. A key (one for the batch, row r then uses `fold_in(key, r)`, or
@@ -72,10 +76,11 @@ def generate(
       one it would get alone.
 
     Raises:
+      TypeError: `recipe` is not a recipe.
       ValueError: the recipe asks for a temperature without a key, the model lacks what the recipe
         needs (a mask id, shifted outputs), or the lengths do not fit the model.
     """
-    prompt, keys, slots = _prepare(model, params, prompt, recipe, max_new_tokens, key)
+    prompt, recipe, keys, slots = _prepare(model, params, prompt, recipe, max_new_tokens, key)
     state = _generate(model, params, prompt, recipe, jnp.int32(max_new_tokens), keys, slots=slots)
     return result(state, max_new_tokens)
 
@@ -93,7 +98,7 @@ def stream(
 
     `decode.state.result(state, max_new_tokens)` cuts the answers out of any of them.
     """
-    prompt, keys, slots = _prepare(model, params, prompt, recipe, max_new_tokens, key)
+    prompt, recipe, keys, slots = _prepare(model, params, prompt, recipe, max_new_tokens, key)
     state = _start(model, params, prompt, recipe, jnp.int32(max_new_tokens), keys, slots=slots)
     yield state
     while not bool(state.finished.all()):
@@ -102,30 +107,25 @@ def stream(
 
 
 def _prepare(model, params, prompt, recipe, max_new_tokens, key):
-    """Checks at the edge; the padded prompt, a key a row, and the slots of the buffers."""
+    """Checks at the edge; the padded prompt, the recipe, a key a row, and the buffers' slots."""
     config = model.config
-    if not isinstance(prompt, Prompt):
-        prompt = pad(prompt)
+    if not isinstance(recipe, Verified | BlockDiffusion):
+        raise TypeError(
+            f"recipe={recipe!r} is not a recipe; call one of dllm_jax.recipes, e.g. ar()"
+        )
+    prompt = _prompt(prompt, config)
     batch, width = prompt.tokens.shape
-    known = not isinstance(prompt.lengths, jax.core.Tracer)
-    if known and not bool(((prompt.lengths > 0) & (prompt.lengths <= width)).all()):
-        raise ValueError(f"prompt lengths must be between 1 and {width}, got {prompt.lengths}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    longest = int(prompt.lengths.max()) if known else width
+    traced = isinstance(prompt.lengths, jax.core.Tracer)
+    longest = width if traced else int(np.max(np.asarray(prompt.lengths)))
     if longest + max_new_tokens > config.max_length:
         raise ValueError(
             f"{longest} prompt tokens + max_new_tokens={max_new_tokens} exceed the model's "
             f"{config.max_length}; ask for at most {config.max_length - longest}"
         )
-    recipe.sampling.check()
-    hot = recipe.sampling.temperature
-    if key is None and (isinstance(hot, jax.Array) or hot > 0):
-        raise ValueError(
-            f"temperature={hot} draws at random and needs a key, e.g. jax.random.key(0)"
-        )
-    needs_masks = not (isinstance(recipe, Verified) and recipe.width == 0)
-    if needs_masks and config.mask_id is None:
+    drafts = isinstance(recipe, BlockDiffusion) or recipe.width > 0
+    if drafts and not config.has_mask:
         raise ValueError(
             "this model has no mask token: load it with a diffusion adapter, or use recipes.ar()"
         )
@@ -134,14 +134,64 @@ def _prepare(model, params, prompt, recipe, max_new_tokens, key):
             "these recipes read a causal, shifted model; "
             f"this one is {config.attention}, {config.alignment}"
         )
-    keys = key
-    if key is not None and key.ndim == 0:
-        keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(batch))
-    elif key is not None and key.shape != (batch,):
-        raise ValueError(f"{key.shape} keys for {batch} rows: give one key, or one for each row")
-    chunk = recipe.width + 1 if isinstance(recipe, Verified) else 2 * recipe.block_size
+    recipe.sampling.check()
+    recipe = jax.tree.map(_strong, recipe)
+    chunk = 2 * recipe.block_size if isinstance(recipe, BlockDiffusion) else recipe.width + 1
     slots = width + -(-max_new_tokens // BUCKET) * BUCKET + chunk
-    return prompt, keys, slots
+    return prompt, recipe, _keys(key, batch, recipe), slots
+
+
+def _prompt(prompt, config: TransformerConfig) -> Prompt:
+    """A padded prompt whose lengths and ids are within bounds, as far as they are known."""
+    if not isinstance(prompt, Prompt):
+        if getattr(prompt, "ndim", 2) == 2 and hasattr(prompt, "shape"):
+            prompt = Prompt(
+                jnp.asarray(prompt, jnp.int32),
+                jnp.full(prompt.shape[0], prompt.shape[1], jnp.int32),
+            )
+        else:
+            prompt = pad(prompt)
+    if isinstance(prompt.lengths, jax.core.Tracer) or isinstance(prompt.tokens, jax.core.Tracer):
+        return prompt
+    tokens, lengths = np.asarray(prompt.tokens), np.asarray(prompt.lengths)
+    if not ((lengths > 0) & (lengths <= tokens.shape[1])).all():
+        raise ValueError(f"prompt lengths must be between 1 and {tokens.shape[1]}, got {lengths}")
+    given = tokens[np.arange(tokens.shape[1]) < lengths[:, None]]
+    wrong = given[(given < 0) | (given >= config.vocab_size) | (given == config.mask_id)]
+    if wrong.size:
+        raise ValueError(
+            f"id {wrong[0]} cannot be part of a prompt: ids are 0 to {config.vocab_size - 1}, "
+            "and not the mask token's"
+        )
+    return prompt
+
+
+def _keys(key, batch: int, recipe: Recipe):
+    """A key for each row, or None."""
+    hot = recipe.sampling.temperature
+    if key is None:
+        if isinstance(hot, jax.core.Tracer) or float(hot) > 0:
+            raise ValueError(
+                f"temperature={hot} draws at random and needs a key, e.g. jax.random.key(0)"
+            )
+        return None
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise ValueError(
+            "the key is an old-style array of numbers; make it with jax.random.key(...)"
+        )
+    if key.ndim == 0:
+        return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(batch))
+    if key.shape != (batch,):
+        raise ValueError(f"{key.shape} keys for {batch} rows: give one key, or one for each row")
+    return key
+
+
+def _strong(number) -> jax.Array:
+    """An array of a fixed type: a Python and a NumPy number then share a compiled program."""
+    array = jnp.asarray(number)
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        return array.astype(jnp.float32)
+    return array.astype(jnp.int32) if jnp.issubdtype(array.dtype, jnp.integer) else array
 
 
 def _part(recipe: Recipe):

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from dllm_jax.cache import KVCache
+from dllm_jax.nn.transformer import Transformer, logits_of
+from dllm_jax.typing import Params
 
 RUNNING, END_OF_TURN, LENGTH = 0, 1, 2
 STOP_REASONS = ("running", "end_of_turn", "length")
@@ -102,3 +104,11 @@ def is_end(tokens: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
     for eos in eos_ids:
         found |= tokens == eos
     return found
+
+
+def scores(model: Transformer, params: Params, hidden: jax.Array) -> jax.Array:
+    """Logits, float32[..., V]; a mask token inside the vocabulary is never to be written."""
+    logits, mask_id = logits_of(model, params, hidden), model.config.mask_id
+    if mask_id is None or mask_id >= model.config.vocab_size:
+        return logits
+    return logits.at[..., mask_id].set(-jnp.inf)

@@ -16,8 +16,17 @@ import jax
 import jax.numpy as jnp
 
 from dllm_jax.cache import append
-from dllm_jax.decode.state import END_OF_TURN, LENGTH, RUNNING, DecodeState, is_end, put, window
-from dllm_jax.nn.transformer import Transformer, forward, logits_of
+from dllm_jax.decode.state import (
+    END_OF_TURN,
+    LENGTH,
+    RUNNING,
+    DecodeState,
+    is_end,
+    put,
+    scores,
+    window,
+)
+from dllm_jax.nn.transformer import Transformer, forward
 from dllm_jax.ops.sampling import draw, probabilities, uniform
 from dllm_jax.recipes import Verified
 from dllm_jax.typing import Key, Params
@@ -84,7 +93,7 @@ def _settle(model, params, recipe, keys, state: DecodeState, count: int, hidden,
       hidden: [B, 1 + count, D]: row i predicts the token at `written + i`.
       groups: [B, 1 + count, W, D]: masks behind each outcome.
     """
-    logits = logits_of(model, params, hidden)
+    logits = scores(model, params, hidden)
     drafts, draft_probs = state.drafts[:, :count], state.draft_probs[:, :count]
     at = state.written[:, None] + jnp.arange(count + 1)
     if keys is None:
@@ -117,7 +126,7 @@ def _settle(model, params, recipe, keys, state: DecodeState, count: int, hidden,
     if not recipe.width:
         return state
     chosen = jnp.take_along_axis(groups, right[:, None, None, None], axis=1)[:, 0]
-    logits = logits_of(model, params, chosen)
+    logits = scores(model, params, chosen)
     if keys is None:
         return dataclasses.replace(state, drafts=logits.argmax(axis=-1).astype(jnp.int32))
     probs = probabilities(logits, recipe.sampling)

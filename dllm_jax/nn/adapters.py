@@ -20,7 +20,9 @@ class AdapterConfig:
 
     rank: int
     alpha: float = 1.0  # scale: alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023)
-    first_layer: int = 0  # layers before this one have none: there it is zeros
+    # Layers before this one have none (zeros), and are not differentiated: the mask embedding,
+    # which enters below them, then stays as it is.
+    first_layer: int = 0
 
     def __post_init__(self):
         if self.rank < 1 or self.first_layer < 0:

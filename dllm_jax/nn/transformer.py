@@ -70,6 +70,13 @@ class TransformerConfig:
                 f"first_layer={self.adapter.first_layer} leaves no layer for the adapter"
             )
 
+    @property
+    def has_mask(self) -> bool:
+        """Whether the mask token has an embedding: the adapter's, or one of the vocabulary's."""
+        return self.mask_id is not None and (
+            self.adapter is not None or self.mask_id < self.vocab_size
+        )
+
     def mask(self, length: int) -> BlockMask:
         """The mask spec of `length` clean tokens of this architecture."""
         block = {"causal": 1, "bidirectional": max(length, 1), "block_causal": self.block_size}
@@ -133,6 +140,10 @@ class Transformer(nn.Module):
         """
         config, tree = self.config, flax.core.unfreeze(self.tree)
         if mask is None:
+            if cache is not None and config.attention == "block_causal":
+                raise ValueError(
+                    "behind a cache, a block-causal pass needs the `mask` of its blocks"
+                )
             mask = config.mask(tokens.shape[1])
         if cache is not None and cache_end is None:
             cache_end = cache.lengths

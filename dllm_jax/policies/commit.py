@@ -1,8 +1,8 @@
 """Which masked positions of a canvas to write at a denoising step.
 
 A policy is any pytree with a method `commit(view) -> bool[B, T]`; there is no base class. The loop
-writes only positions that are masked and needed, and the canvas's first position at every step, so
-a policy that picks nothing still ends: it decodes one token at a time.
+writes the canvas's first position at every step, as the causal mode would, and asks the policy
+about the masked ones behind it: one that picks none of them decodes a token at a time.
 """
 
 import dataclasses

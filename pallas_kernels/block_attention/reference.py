@@ -27,7 +27,7 @@ def block_attention(q, k, v, mask: BlockMask, *, cache=None, cache_end=None, len
     """See `pallas_kernels.block_attention`."""
     batch, entries, heads, size = q.shape
     kv_heads, clean = k.shape[2], mask.clean
-    q = q.reshape(batch, entries, kv_heads, heads // kv_heads, size) * size**-0.5
+    q = q.reshape(batch, entries, kv_heads, heads // kv_heads, size)
     k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)  # [B, K, Q, H], as the cache has them
 
     def reads(lo: int, hi: int) -> list[_Read]:
@@ -60,20 +60,20 @@ def _attend(q, reads: list[_Read], own: tuple[jax.Array, jax.Array, int] | None 
 
     `own` = (keys, values, block): each group of `block` queries also reads itself.
     """
-    f32 = dict(preferred_element_type=jnp.float32)
     scores = [
-        jnp.where(r.visible[:, None, None], jnp.einsum("bqkgh,bksh->bkgqs", q, r.keys, **f32), _NEG)
+        jnp.where(r.visible[:, None, None], _einsum("bqkgh,bksh->bkgqs", q, r.keys), _NEG)
         for r in reads
     ]
     if own is not None:
         scores.append(_own_scores(q, own[0], own[2]))
     top = jnp.max(jnp.stack([s.max(axis=-1) for s in scores]), axis=0)[..., None]
     top = jax.lax.stop_gradient(top)
-    weights = [jnp.where(s > _NEG, jnp.exp(s - top), 0.0) for s in scores]
+    scale = q.shape[-1] ** -0.5
+    weights = [jnp.where(s > _NEG, jnp.exp(scale * (s - top)), 0.0) for s in scores]
     total = jnp.moveaxis(sum(w.sum(axis=-1) for w in weights), -1, 1)[..., None]  # [B, Q, K, G, 1]
     out = jnp.zeros(q.shape, jnp.float32)
     for r, w in zip(reads, weights, strict=False):
-        out += jnp.einsum("bkgqs,bksh->bqkgh", w.astype(r.values.dtype), r.values, **f32)
+        out += _einsum("bkgqs,bksh->bqkgh", w.astype(r.values.dtype), r.values)
     if own is not None:
         out += _own_values(weights[-1], own[1], own[2])
     return out / jnp.where(total > 0, total, 1.0)
@@ -83,9 +83,7 @@ def _own_scores(q, keys, block: int) -> jax.Array:
     """Scores of each query against its own group, float32[B, K, G, Q, block]."""
     batch, entries, kv_heads, group, size = q.shape
     folded = q.reshape(batch, entries // block, block, kv_heads, group, size)
-    scores = jnp.einsum(
-        "bntkgh,bknsh->bkgnts", folded, _groups(keys, block), preferred_element_type=jnp.float32
-    )
+    scores = _einsum("bntkgh,bknsh->bkgnts", folded, _groups(keys, block))
     return scores.reshape(batch, kv_heads, group, entries, block)
 
 
@@ -93,13 +91,25 @@ def _own_values(weights, values, block: int) -> jax.Array:
     """Values of each query's own group, weighed, float32[B, Q, K, G, H]."""
     batch, kv_heads, group, entries, _ = weights.shape
     folded = weights.reshape(batch, kv_heads, group, entries // block, block, block)
-    mixed = jnp.einsum(
-        "bkgnts,bknsh->bntkgh", folded.astype(values.dtype), _groups(values, block),
-        preferred_element_type=jnp.float32,
-    )  # fmt: skip
+    folded = folded.astype(values.dtype)
+    mixed = _einsum("bkgnts,bknsh->bntkgh", folded, _groups(values, block))
     return mixed.reshape(batch, entries, kv_heads, group, values.shape[-1])
 
 
 def _groups(x, block: int) -> jax.Array:
     """[B, K, Q, H] as [B, K, groups, block, H]."""
     return x.reshape(*x.shape[:2], x.shape[2] // block, block, x.shape[3])
+
+
+def _einsum(contract: str, a, b) -> jax.Array:
+    """A product accumulated in float32. XLA has no such bfloat16 product on CPUs: widened there."""
+
+    def native(a, b):
+        return jnp.einsum(contract, a, b, preferred_element_type=jnp.float32)
+
+    def widened(a, b):
+        return jnp.einsum(contract, a.astype(jnp.float32), b.astype(jnp.float32))
+
+    if a.dtype == jnp.float32:
+        return native(a, b)
+    return jax.lax.platform_dependent(a, b, cpu=widened, default=native)

@@ -9,6 +9,7 @@ are scored by the causal mode. Writes <out>.json, <out>.md and <out>.png.
 
 import dataclasses
 import json
+import os
 import platform
 import subprocess
 import time
@@ -59,7 +60,7 @@ def main(config: Modes) -> None:
     report = {
         "settings": {k: str(v) for k, v in dataclasses.asdict(config).items()},
         "device": jax.devices()[0].device_kind,
-        "cores": len(jax.devices()),
+        "cores": os.cpu_count(),
         "versions": {"python": platform.python_version(), "jax": jax.__version__},
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
