@@ -53,7 +53,7 @@ def ar(*, temperature=0.0, top_k=0, top_p=1.0) -> Verified:
     return Verified(sampling=_sampling(temperature, top_k, top_p))
 
 
-def self_speculative(*, width: int = 4, temperature=0.0, top_k=0, top_p=1.0) -> Verified:
+def self_speculative(*, width: int = 2, temperature=0.0, top_k=0, top_p=1.0) -> Verified:
     """The tokens of `ar`, several a pass: drafted by diffusion, checked causally.
 
     Greedy: the same tokens as `ar`. With a temperature: the same distribution, by acceptance and

@@ -138,7 +138,8 @@ def fit(
       The last state, which is also on disk when any step was made.
 
     Raises:
-      ValueError: the folder holds a run of other parameters or another optimiser.
+      ValueError: the folder holds a run of other parameters, another optimiser, or another seed,
+        batch, length or data. A new number of steps is welcome: the schedule follows it.
     """
     run.mkdir(parents=True, exist_ok=True)
     step = make_train_step(model, objective, tx)
@@ -147,8 +148,9 @@ def fit(
     key = jax.random.key(config.seed)
     budget = float("inf") if config.minutes is None else 60 * config.minutes
     deadline = time.monotonic() + budget
+    numbers = {"seed": config.seed, **shape, "conversations": len(source)}
     with _checkpointer(run) as checkpointer, _interrupts() as interrupted:
-        state = _restore(checkpointer, state, data)
+        state = _restore(checkpointer, state, data, numbers)
         done = int(state.step)
         with _metrics(run / "metrics.jsonl", done) as write, _progress(config.steps, done) as show:
             while done < config.steps and not interrupted() and time.monotonic() < deadline:
@@ -169,8 +171,8 @@ def fit(
                     )
                     write({"step": done, **{f"heldout_{name}": v for name, v in figures.items()}})
                 if done % config.save_every == 0:
-                    _save(checkpointer, state, data)
-        _save(checkpointer, state, data)
+                    _save(checkpointer, state, data, numbers)
+        _save(checkpointer, state, data, numbers)
     plot(run)
     return state
 
@@ -189,14 +191,15 @@ def _checkpointer(run: Path) -> Iterator[ocp.training.Checkpointer]:
         checkpointer.close()
 
 
-def _save(checkpointer, state: TrainState, data) -> None:
+def _save(checkpointer, state: TrainState, data, numbers: dict[str, int]) -> None:
     """Writes the state and the data's position, unless this step, or none, is what the disk has."""
     step = int(state.step)
     if step > (checkpointer.latest.step if checkpointer.latest else 0):
-        checkpointer.save(step, _as_dict(state), custom_metadata={"data": data.get_state()})
+        facts = {"data": data.get_state(), "numbers": numbers}
+        checkpointer.save(step, _as_dict(state), custom_metadata=facts)
 
 
-def _restore(checkpointer, state: TrainState, data) -> TrainState:
+def _restore(checkpointer, state: TrainState, data, numbers: dict[str, int]) -> TrainState:
     """The newest checkpoint, with `data` set to its position; without one, the given state."""
     latest = checkpointer.latest
     if latest is None:
@@ -206,6 +209,13 @@ def _restore(checkpointer, state: TrainState, data) -> TrainState:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _as_dict(state)
     )
     _check(saved.metadata, target, latest.step)
+    for name, value in saved.custom_metadata["numbers"].items():
+        if value != numbers[name]:
+            raise ValueError(
+                f"the run of this folder was started with {name}={value}, here it is "
+                f"{numbers[name]}: its data and noise would not go on as they were; give the old "
+                "value, or choose another folder"
+            )
     loaded = checkpointer.load(latest, target)
     data.set_state(saved.custom_metadata["data"])
     optimiser = jax.tree.structure(state.opt_state)

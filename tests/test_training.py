@@ -201,6 +201,11 @@ def test_other_settings_do_not_fit_a_checkpoint(tmp_path, folder):
             training.fit(tmp_path, FIT, model, params, state, OBJECTIVE, tx, source)
         assert "choose another folder" in str(error.value)
         assert len(str(error.value)) < 300
+    state = training.create(PARAMS, NAMES, TX)
+    for name, value in (("seed", 99), ("batch", 3), ("length", 9)):
+        other = dataclasses.replace(FIT, **{name: value})
+        with pytest.raises(ValueError, match=f"started with {name}=.* here it is {value}"):
+            training.fit(tmp_path, other, MODEL, PARAMS, state, OBJECTIVE, TX, source)
     assert len(rows(tmp_path)) == 1
 
 

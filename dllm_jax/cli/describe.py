@@ -28,7 +28,7 @@ def describe(
     batch: int = 1,
     context: int = 2048,
     block_size: int = 4,
-    width: int = 4,
+    width: int = 2,
 ) -> str:
     """A page about a model: architecture, parameters and memory by role, devices, versions.
 

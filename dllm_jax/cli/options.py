@@ -45,7 +45,7 @@ class Decoding:
     threshold: float = 0.9
     """Write tokens whose probability is over this; lower is faster, and rougher (diffusion)."""
 
-    width: int = 4
+    width: int = 2
     """Tokens drafted in each pass (speculative)."""
 
     temperature: float = 0.0
@@ -181,7 +181,7 @@ class Info(Command):
     block_size: int = 4
     """Of block diffusion."""
 
-    width: int = 4
+    width: int = 2
     """Of self-speculation."""
 
 

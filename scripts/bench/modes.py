@@ -15,7 +15,7 @@ import subprocess
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -37,14 +37,14 @@ class Modes:
     model: str = "smollm2-135m-instruct"
     adapter: str = "auto"
     max_new_tokens: int = 64
-    width: int = 4
-    """Drafts of self-speculation."""
     widths: tuple[int, ...] = (1, 2, 4)
-    """Widths to compare in batches of eight."""
+    """Drafts of self-speculation, to be compared."""
     block_size: int = 4
     thresholds: tuple[float, ...] = (0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 0.99)
     batch: int = 8
     dtype: str = "float32"
+    parts: tuple[Literal["alone", "batches", "diffusion"], ...] = ("alone", "batches", "diffusion")
+    """What to run; parts left out keep what <out>.json has of them."""
     limit: int | None = None
     """Only the first so many prompts."""
 
@@ -56,8 +56,9 @@ def main(config: Modes) -> None:
     prompts = PROMPTS.read_text().splitlines()[: config.limit]
     rows = [tokenizer.chat(prompt) for prompt in prompts]
     ask = partial(dj.generate, model, params, max_new_tokens=config.max_new_tokens)
-    speculative = dj.recipes.self_speculative(width=config.width)
-    report = {
+    file = config.out.with_suffix(".json")
+    report = json.loads(file.read_text()) if file.exists() else {}
+    report |= {
         "settings": {k: str(v) for k, v in dataclasses.asdict(config).items()},
         "device": jax.devices()[0].device_kind,
         "cores": os.cpu_count(),
@@ -65,11 +66,15 @@ def main(config: Modes) -> None:
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
-    report["alone"], ar_answers = alone(ask, rows, speculative)
-    report["batches"] = in_batches(ask, rows, ar_answers, config)
-    report["diffusion"] = diffusion(ask, model, params, rows, ar_answers, config)
+    if "alone" in config.parts:
+        report["alone"] = alone(ask, rows, config)
+    ar_answers = report["alone"][0]["answers"]
+    if "batches" in config.parts:
+        report["batches"] = in_batches(ask, rows, ar_answers, config)
+    if "diffusion" in config.parts:
+        report["diffusion"] = diffusion(ask, model, params, rows, ar_answers, config)
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    file.write_text(json.dumps(report) + "\n")
     table = markdown(report, config)
     config.out.with_suffix(".md").write_text(table)
     picture(report, config.out.with_suffix(".png"))
@@ -90,34 +95,47 @@ def timed(ask, rows, recipe):
     return result, time.perf_counter() - start
 
 
-def alone(ask, rows, speculative):
-    """Each prompt alone, the two exact modes in turn."""
-    ar = dj.recipes.ar()
+def alone(ask, rows, config: Modes) -> list[dict[str, Any]]:
+    """Each prompt alone, `ar` and every width in turn; the first row is that of `ar`."""
+    recipes = _recipes(config)
     for bucket in {-(-len(row) // 64) for row in rows}:  # compile first
         row = next(r for r in rows if -(-len(r) // 64) == bucket)
-        for recipe in (ar, speculative):
+        for recipe in recipes.values():
             timed(ask, [row], recipe)
-    seconds, equal, nfe, tokens, queries, kept = {"ar": 0.0, "speculative": 0.0}, 0, 0, 0, 0, []
+    found: dict[str, dict[str, Any]] = {
+        name: {"mode": name, "answers": [], "nfe": 0, "queries": 0, "seconds": 0.0}
+        for name in recipes
+    }
     for row in rows:
-        plain, took = timed(ask, [row], ar)
-        seconds["ar"] += took
-        fast, took = timed(ask, [row], speculative)
-        seconds["speculative"] += took
-        equal += answers(plain) == answers(fast)
-        nfe, tokens = nfe + int(fast.nfe[0]), tokens + int(fast.lengths[0])
-        queries += int(fast.queries[0])
-        kept += answers(plain)
-    return {
-        "prompts": len(rows),
-        "equal": equal,
-        "tokens": tokens,
-        "speculative_nfe": nfe,
-        "tokens_per_forward": tokens / nfe,
-        "overhead": queries / tokens,
-        "seconds": seconds,
-        "tokens_per_second": {name: tokens / s for name, s in seconds.items()},
-        "speedup": seconds["ar"] / seconds["speculative"],
-    }, kept
+        for name, recipe in recipes.items():
+            result, took = timed(ask, [row], recipe)
+            entry = found[name]
+            entry["answers"] += answers(result)
+            entry["nfe"] += int(result.nfe[0])
+            entry["queries"] += int(result.queries[0])
+            entry["seconds"] += took
+    plain = found["ar"]["answers"]
+    for entry in found.values():
+        tokens = sum(map(len, entry["answers"]))
+        entry["equal"] = sum(a == b for a, b in zip(entry["answers"], plain, strict=True))
+        entry["tokens_per_forward"] = tokens / entry["nfe"]
+        entry["overhead"] = entry["queries"] / tokens
+        entry["tokens_per_second"] = tokens / entry["seconds"]
+        if entry["mode"] != "ar":
+            del entry["answers"]
+    return _against_ar(list(found.values()))
+
+
+def _recipes(config: Modes) -> dict[str, Any]:
+    widths = {f"speculative, width {w}": w for w in config.widths}
+    speculative = {n: dj.recipes.self_speculative(width=w) for n, w in widths.items()}
+    return {"ar": dj.recipes.ar(), **speculative}
+
+
+def _against_ar(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    for row in table:
+        row["speedup"] = row["tokens_per_second"] / table[0]["tokens_per_second"]
+    return table
 
 
 def _batches(rows, size: int):
@@ -130,9 +148,7 @@ def _batches(rows, size: int):
 def in_batches(ask, rows, ar_answers, config: Modes) -> list[dict[str, Any]]:
     """Ragged batches, at several widths, against what `ar` answered to each prompt alone."""
     table: list[dict[str, Any]] = []
-    for name, recipe in [("ar", dj.recipes.ar())] + [
-        (f"speculative, width {w}", dj.recipes.self_speculative(width=w)) for w in config.widths
-    ]:
+    for name, recipe in _recipes(config).items():
         timed(ask, next(_batches(rows, config.batch))[1], recipe)
         equal, nfe, tokens, queries, seconds = set(), 0, 0, 0, 0.0
         for index, batch in _batches(rows, config.batch):
@@ -148,9 +164,7 @@ def in_batches(ask, rows, ar_answers, config: Modes) -> list[dict[str, Any]]:
             "overhead": queries / tokens,
             "tokens_per_second": tokens / seconds,
         })  # fmt: skip
-    for row in table:
-        row["speedup"] = row["tokens_per_second"] / table[0]["tokens_per_second"]
-    return table
+    return _against_ar(table)
 
 
 def diffusion(ask, model, params, rows, ar_answers, config: Modes) -> list[dict]:
@@ -203,27 +217,24 @@ def score(model, params, rows, kept, config: Modes) -> float:
 
 def markdown(report: dict, config: Modes) -> str:
     """The results as tables."""
-    a = report["alone"]
+    count = len(report["alone"][0]["answers"])
     lines = [
-        f"{report['device']}, jax {report['versions']['jax']}, commit {report['commit']}, "
-        f"{report['date']}; "
-        f"{a['prompts']} prompts, up to {config.max_new_tokens} tokens, greedy, {config.dtype}.",
-        "",
-        f"Alone, width {config.width}: {a['equal']} of {a['prompts']} answers equal to `ar`; "
-        f"{a['tokens_per_forward']:.2f} tokens per forward, overhead {a['overhead']:.1f}; "
-        f"{a['tokens_per_second']['speculative']:.1f} against "
-        f"{a['tokens_per_second']['ar']:.1f} tokens/s "
-        f"({a['speedup']:.2f}x).",
-        "",
-        f"| ragged batches of {config.batch} | equal to `ar` alone | tokens per forward | overhead "
-        "| tokens/s | against `ar` |",
-        "|---|---|---|---|---|---|",
+        f"{report['device']}, {report['cores']} cores, jax {report['versions']['jax']}, commit "
+        f"{report['commit']}, {report['date']}; {count} prompts, up to {config.max_new_tokens} "
+        f"tokens, greedy, {config.dtype}.",
     ]
-    for r in report["batches"]:
-        lines.append(
-            f"| {r['mode']} | {r['equal']} of {a['prompts']} | {r['tokens_per_forward']:.2f} | "
-            f"{r['overhead']:.1f} | {r['tokens_per_second']:.1f} | {r['speedup']:.2f}x |"
-        )
+    for title, part in (("alone", "alone"), (f"ragged batches of {config.batch}", "batches")):
+        lines += [
+            "",
+            f"| {title} | answers equal to `ar` alone | tokens per forward | overhead | tokens/s "
+            "| against `ar` |",
+            "|---|---|---|---|---|---|",
+        ]
+        for r in report[part]:
+            lines.append(
+                f"| {r['mode']} | {r['equal']} of {count} | {r['tokens_per_forward']:.2f} "
+                f"| {r['overhead']:.1f} | {r['tokens_per_second']:.1f} | {r['speedup']:.2f}x |"
+            )
     lines += [
         "",
         f"| diffusion, block {config.block_size}, threshold | tokens per forward | overhead "
@@ -259,7 +270,7 @@ def picture(report: dict, path: Path) -> None:
         )  # fmt: skip
     ar = report["diffusion"][0]
     axis.plot(ar["tokens_per_forward"], ar["log_likelihood"], "s", label="ar")
-    fast = report["alone"]["tokens_per_forward"]
+    fast = max(row["tokens_per_forward"] for row in report["alone"])
     axis.plot(fast, ar["log_likelihood"], "^", label="self_speculative")
     axis.set_xlabel("tokens per forward")
     axis.set_ylabel("nats per answer token under the causal mode")
