@@ -63,8 +63,8 @@ def main(config: Modes) -> None:
         "device": jax.devices()[0].device_kind,
         "cores": os.cpu_count(),
         "versions": {"python": platform.python_version(), "jax": jax.__version__},
-        "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
+        "commit": report.get("commit", {}) | dict.fromkeys(config.parts, _commit()),
     }
     if "alone" in config.parts:
         report["alone"] = alone(ask, rows, config)
@@ -215,13 +215,13 @@ def score(model, params, rows, kept, config: Modes) -> float:
     return float(total / count)
 
 
-def markdown(report: dict, config: Modes) -> str:
+def markdown(report: dict[str, Any], config: Modes) -> str:
     """The results as tables."""
     count = len(report["alone"][0]["answers"])
     lines = [
-        f"{report['device']}, {report['cores']} cores, jax {report['versions']['jax']}, commit "
-        f"{report['commit']}, {report['date']}; {count} prompts, up to {config.max_new_tokens} "
-        f"tokens, greedy, {config.dtype}.",
+        f"{report['device']}, {report['cores']} cores, jax {report['versions']['jax']}, "
+        f"{report['date']}, commit {', '.join(f'{c} ({p})' for p, c in report['commit'].items())}; "
+        f"{count} prompts, up to {config.max_new_tokens} tokens, greedy, {config.dtype}.",
     ]
     for title, part in (("alone", "alone"), (f"ragged batches of {config.batch}", "batches")):
         lines += [
