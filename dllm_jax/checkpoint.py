@@ -105,7 +105,7 @@ def save(
       ValueError: the parameters are not those of `model`.
     """
     _check_tree(params, model.config, "the parameters given to save")
-    _write(epath.Path(folder), model.config, params, tokenizer, overwrite)
+    _write(sources.absolute(folder), model.config, params, tokenizer, overwrite)
 
 
 def convert(source: PathLike, folder: PathLike, dtype: str | np.dtype | type | None = None) -> None:
@@ -125,7 +125,7 @@ def convert(source: PathLike, folder: PathLike, dtype: str | np.dtype | type | N
         config, params = _load_folder(found.path, name, _HOST, keep_adapter=True)
     if found.kind != "gguf" and (found.path / "tokenizer.json").exists():
         tokenizer = Tokenizer.load(found.path)
-    _write(epath.Path(folder), config, params, tokenizer, overwrite=False)
+    _write(sources.absolute(folder), config, params, tokenizer, overwrite=False)
 
 
 def load_adapter(

@@ -64,7 +64,7 @@ def resolve(source: str | os.PathLike[str]) -> Source:
     name = os.fspath(source)
     if name.lower() in NAMED:
         return _packaged(name.lower())
-    path = epath.Path(name).expanduser()
+    path = absolute(name)
     if path.is_dir():
         config = path / "config.json"
         ours = config.exists() and read_json(config).get("format") == FORMAT
@@ -96,6 +96,12 @@ def _packaged(name: str) -> Source:
             f" run: {entry.install}"
         )
     return Source(kind="gguf", path=epath.Path(files[0]), name=name)
+
+
+def absolute(path: str | os.PathLike[str]) -> epath.Path:
+    """A path as Orbax wants it: from the root, or an address such as gs://bucket/folder."""
+    name = os.fspath(path)
+    return epath.Path(name if "://" in name else os.path.abspath(os.path.expanduser(name)))
 
 
 def cache_folder() -> epath.Path:

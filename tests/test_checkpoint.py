@@ -312,7 +312,7 @@ def test_adapter_of_a_folder_is_kept_dropped_or_replaced(tmp_path: Path):
     params = random_params(ADAPTED)
     save(tmp_path / "m", Transformer(ADAPTED), params)
     model, base = load(tmp_path / "m", adapter=None)
-    assert model.config == dataclasses.replace(ADAPTED, adapter=None)
+    assert model.config == dataclasses.replace(ADAPTED, adapter=None, mask_id=None)
     assert_same(base, {k: v for k, v in params.items() if k != "adapter"})
     doubled = jax.tree.map(lambda x: 2 * x.astype(jnp.bfloat16), params["adapter"])
     save_adapter(tmp_path / "a", ADAPTED, doubled, {})
@@ -384,7 +384,8 @@ def test_named_model(smollm2_cache: Path, monkeypatch: pytest.MonkeyPatch, golde
     assert model.config.eos_ids == Tokenizer.load(NAME).eos_ids == (2,)
     inputs = np.load(goldens / "smollm2_ar" / "inputs.npz")
     outputs = np.load(goldens / "smollm2_ar" / "outputs.npz")
-    hidden = model.apply({"params": params}, inputs["p0"].astype(np.int32)).hidden
+    tokens = jnp.asarray(inputs["p0"], jnp.int32)
+    hidden = model.apply({"params": params}, tokens).hidden
     logits = model.apply({"params": params}, hidden[:, -1], method="logits")
     np.testing.assert_allclose(logits, outputs["p0_logits_last"], atol=1e-4, rtol=0)
 

@@ -147,7 +147,7 @@ def test_logits_match_the_published_code(
     )
     shutil.copy(goldens / folder / "model.safetensors", tmp_path)
     model, params = load(tmp_path)
-    tokens = np.load(goldens / folder / "inputs.npz")["tokens"].astype(np.int32)
+    tokens = jnp.asarray(np.load(goldens / folder / "inputs.npz")["tokens"], jnp.int32)
     hidden = model.apply({"params": params}, tokens).hidden
     got = model.apply({"params": params}, hidden, method="logits")
     want = np.load(goldens / folder / "outputs.npz")[logits]

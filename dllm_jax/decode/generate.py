@@ -32,7 +32,7 @@ class Prompt(NamedTuple):
     lengths: jax.Array  # int32[B]
 
 
-def pad(rows: Sequence[Sequence[int]], bucket: int = BUCKET) -> Prompt:
+def pad(rows: Sequence, bucket: int = BUCKET) -> Prompt:
     """Packs lists of ids into a `Prompt` whose width is a multiple of `bucket`.
 
     Raises:
@@ -54,7 +54,7 @@ def pad(rows: Sequence[Sequence[int]], bucket: int = BUCKET) -> Prompt:
 def generate(
     model: Transformer,
     params: Params,
-    prompt: Prompt | Sequence[Sequence[int]],
+    prompt: Prompt | Sequence | jax.Array,
     *,
     recipe: Recipe,
     max_new_tokens: int = 128,
@@ -88,7 +88,7 @@ def generate(
 def stream(
     model: Transformer,
     params: Params,
-    prompt: Prompt | Sequence[Sequence[int]],
+    prompt: Prompt | Sequence | jax.Array,
     *,
     recipe: Recipe,
     max_new_tokens: int = 128,
@@ -135,10 +135,10 @@ def _prepare(model, params, prompt, recipe, max_new_tokens, key):
             f"this one is {config.attention}, {config.alignment}"
         )
     recipe.sampling.check()
-    recipe = jax.tree.map(_strong, recipe)
+    keys, recipe = _keys(key, batch, recipe), jax.tree.map(_strong, recipe)
     chunk = 2 * recipe.block_size if isinstance(recipe, BlockDiffusion) else recipe.width + 1
     slots = width + -(-max_new_tokens // BUCKET) * BUCKET + chunk
-    return prompt, recipe, _keys(key, batch, recipe), slots
+    return prompt, recipe, keys, slots
 
 
 def _prompt(prompt, config: TransformerConfig) -> Prompt:
@@ -170,7 +170,7 @@ def _keys(key, batch: int, recipe: Recipe):
     """A key for each row, or None."""
     hot = recipe.sampling.temperature
     if key is None:
-        if isinstance(hot, jax.core.Tracer) or float(hot) > 0:
+        if isinstance(hot, jax.core.Tracer) or hot > 0:
             raise ValueError(
                 f"temperature={hot} draws at random and needs a key, e.g. jax.random.key(0)"
             )
