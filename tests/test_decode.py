@@ -327,7 +327,7 @@ def test_bad_requests_are_told_so():
     bare, _ = tiny(adapter=False)
     ask("no mask token", recipes.block_diffusion(), model=bare)
     with pytest.raises(TypeError, match="is not a recipe"):
-        generate(MODEL, PARAMS, ROWS, recipe=recipes.ar)
+        _prepare(MODEL, PARAMS, ROWS, recipes.ar, 4, None)
     with pytest.raises(ValueError, match="at least 1"):
         recipes.self_speculative(width=0)
     with pytest.raises(ValueError, match="whole number"):
