@@ -1,4 +1,4 @@
-"""About an hour on one accelerator with 80 GB: some hundred million noisy tokens in bfloat16."""
+"""For one accelerator: 6000 steps of 32,768 noisy tokens in bfloat16. Not run yet on a device."""
 
 from pathlib import Path
 
