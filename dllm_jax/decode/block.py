@@ -22,13 +22,11 @@ import jax.numpy as jnp
 
 from dllm_jax.cache import append
 from dllm_jax.decode.state import (
-    END_OF_TURN,
-    LENGTH,
-    RUNNING,
     DecodeState,
     is_end,
     put,
     scores,
+    stopped,
     window,
 )
 from dllm_jax.nn.transformer import Transformer, forward
@@ -111,11 +109,10 @@ def _commit(model, params, recipe, keys, state: DecodeState, last, noisy) -> Dec
     ended = end < gapless
     written = state.written + jnp.where(ended, end + 1, gapless)
     written = jnp.where(state.finished, state.written, jnp.minimum(written, state.limit))
-    stop = jnp.where(ended, END_OF_TURN, jnp.where(written >= state.limit, LENGTH, RUNNING))
     state = dataclasses.replace(
         state,
         tokens=put(state.tokens, state.written, tokens, commit),
-        stop=jnp.where(state.finished, state.stop, stop),
+        stop=stopped(state, written, ended),
     )
     opened = jnp.where(state.finished[:, None], False, index < (written - state.written)[:, None])
     tokens = _open(state, state.written + size, size, opened)

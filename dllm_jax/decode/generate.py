@@ -230,17 +230,17 @@ def _start(model, params, prompt: Prompt, recipe, budget, keys, *, slots) -> Dec
         canvas=masks > 0,
     )  # fmt: skip
     last = jnp.take_along_axis(out.hidden, prompt.lengths[:, None, None] - 1, axis=1)
-    tokens = jnp.full((batch, slots), config.pad_id, jnp.int32)
-    tokens = tokens.at[:, :width].set(prompt.tokens)
-    tokens = jnp.where(jnp.arange(slots) < prompt.lengths[:, None], tokens, config.pad_id)
-    sampled = config.vocab_size if keys is not None and isinstance(recipe, Verified) else 0
+    given = jnp.arange(width) < prompt.lengths[:, None]
+    tokens = jnp.where(given, prompt.tokens, config.pad_id).astype(jnp.int32)
+    drafts = recipe.width if isinstance(recipe, Verified) else 0
+    sampled = 0 if keys is None else config.vocab_size
     state = DecodeState(
-        tokens=tokens,
+        tokens=jnp.pad(tokens, ((0, 0), (0, slots - width)), constant_values=config.pad_id),
         prompt=prompt.lengths,
         written=prompt.lengths,
         limit=prompt.lengths + budget,
-        drafts=jnp.zeros((batch, masks), jnp.int32),
-        draft_probs=jnp.zeros((batch, masks, sampled), jnp.float32),
+        drafts=jnp.zeros((batch, drafts), jnp.int32),
+        draft_probs=jnp.zeros((batch, drafts, sampled), jnp.float32),
         cache=append(model.cache(batch, slots), out.kv[:, :, :, :width], prompt.lengths),
         stop=jnp.full(batch, RUNNING, jnp.int32),
         nfe=jnp.ones(batch, jnp.int32),

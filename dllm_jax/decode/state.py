@@ -112,3 +112,9 @@ def scores(model: Transformer, params: Params, hidden: jax.Array) -> jax.Array:
     if mask_id is None or mask_id >= model.config.vocab_size:
         return logits
     return logits.at[..., mask_id].set(-jnp.inf)
+
+
+def stopped(state: DecodeState, written: jax.Array, ended: jax.Array) -> jax.Array:
+    """The stop codes once `written` tokens are final, `ended` rows by an end-of-turn among them."""
+    stop = jnp.where(ended, END_OF_TURN, jnp.where(written >= state.limit, LENGTH, RUNNING))
+    return jnp.where(state.finished, state.stop, stop)

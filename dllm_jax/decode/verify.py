@@ -17,13 +17,11 @@ import jax.numpy as jnp
 
 from dllm_jax.cache import append
 from dllm_jax.decode.state import (
-    END_OF_TURN,
-    LENGTH,
-    RUNNING,
     DecodeState,
     is_end,
     put,
     scores,
+    stopped,
     window,
 )
 from dllm_jax.nn.transformer import Transformer, forward
@@ -116,12 +114,11 @@ def _settle(model, params, recipe, keys, state: DecodeState, count: int, hidden,
     keep = jnp.arange(count + 1) < kept[:, None]
     written = state.written + kept
     ended = (is_end(tokens, model.config.eos_ids) & keep).any(axis=1)
-    stop = jnp.where(ended, END_OF_TURN, jnp.where(written >= state.limit, LENGTH, RUNNING))
     state = dataclasses.replace(
         state,
         tokens=put(state.tokens, state.written, tokens, keep),
         written=written,
-        stop=jnp.where(state.finished, state.stop, stop),
+        stop=stopped(state, written, ended),
     )
     if not recipe.width:
         return state
