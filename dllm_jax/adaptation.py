@@ -16,7 +16,8 @@ from dllm_jax.corruption import MaskedBlocks
 from dllm_jax.data import Conversations
 from dllm_jax.losses import DualStream
 from dllm_jax.nn.adapters import AdapterConfig, init_adapter
-from dllm_jax.nn.transformer import Transformer, param_shapes
+from dllm_jax.nn.transformer import Transformer
+from dllm_jax.nn.tree import param_shapes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

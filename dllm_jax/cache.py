@@ -9,6 +9,7 @@ length.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +23,12 @@ _UNROLL = 64  # rows; a loop over more of them compiles faster than so many upda
 class KVCache:
     """Keys and values of each row's decided tokens."""
 
-    kv: jax.Array  # [Ly, B, K, S, 2 * H]
+    kv: Any  # [Ly, B, K, S, 2 * H]; a tuple of such where layers differ in their heads
     lengths: jax.Array  # int32[B]: valid slots of each row
 
     @property
     def slots(self) -> int:
-        return self.kv.shape[3]
+        return jax.tree.leaves(self.kv)[0].shape[3]
 
 
 def allocate(
@@ -38,22 +39,36 @@ def allocate(
     return KVCache(kv, jnp.zeros(batch, jnp.int32))
 
 
-def append(cache: KVCache, kv: Float[Array, "Ly B K Q H2"], counts: Int[Array, "B"]) -> KVCache:
+def append(cache: KVCache, kv: Any, counts: Int[Array, "B"]) -> KVCache:
     """Writes `Q` entries behind each row's valid slots and keeps the first `counts[b]` of them.
+
+    Args:
+      kv: [Ly, B, K, Q, 2 * H], or a tuple of such, as in the cache.
 
     The entries past the count are written too and overwritten by the next append: a row's buffer
     needs `Q` slots behind its length, and `lax.dynamic_update_slice` would shift a write that
     overruns it.
     """
-    if kv.shape[3] > cache.slots:
-        raise ValueError(f"{kv.shape[3]} entries do not fit a cache of {cache.slots} slots")
-    kv = kv.astype(cache.kv.dtype)
+    packed = jax.tree.map(lambda own, new: _write(own, new, cache.lengths), cache.kv, kv)
+    return KVCache(packed, cache.lengths + counts.astype(jnp.int32))
+
+
+def cut(kv: Any, start: int, stop: int) -> Any:
+    """Entries [start, stop) of what a forward pass returned."""
+    return jax.tree.map(lambda x: x[:, :, :, start:stop], kv)
+
+
+def _write(
+    packed: Float[Array, "Ly B K S H2"], kv: Float[Array, "Ly B K Q H2"], starts: Int[Array, "B"]
+) -> Float[Array, "Ly B K S H2"]:
+    if kv.shape[3] > packed.shape[3]:
+        raise ValueError(f"{kv.shape[3]} entries do not fit a cache of {packed.shape[3]} slots")
+    kv = kv.astype(packed.dtype)
 
     def write(row, packed):
         own = jax.lax.dynamic_slice_in_dim(kv, row, 1, axis=1)
-        return jax.lax.dynamic_update_slice(packed, own, (0, row, 0, cache.lengths[row], 0))
+        return jax.lax.dynamic_update_slice(packed, own, (0, row, 0, starts[row], 0))
 
     # One in-place update a row; a vmap of it would be a scatter that copies the whole cache.
     rows = kv.shape[1]
-    packed = jax.lax.fori_loop(0, rows, write, cache.kv, unroll=rows <= _UNROLL)
-    return KVCache(packed, cache.lengths + counts.astype(jnp.int32))
+    return jax.lax.fori_loop(0, rows, write, packed, unroll=rows <= _UNROLL)

@@ -31,7 +31,8 @@ from dllm_jax.models import weights
 from dllm_jax.models.adapters import read_adapter, save_adapter
 from dllm_jax.models.tensors import leaves
 from dllm_jax.nn.adapters import AdapterConfig
-from dllm_jax.nn.transformer import Transformer, TransformerConfig, param_axes, param_shapes
+from dllm_jax.nn.transformer import Transformer, TransformerConfig
+from dllm_jax.nn.tree import param_axes, param_shapes
 from dllm_jax.sharding import FSDP_TENSOR, Rules, shardings
 from dllm_jax.sources import Damaged
 from dllm_jax.tokenizer import Tokenizer
@@ -87,7 +88,7 @@ def load(
     if adapter is not None:
         config, own = load_adapter(adapter, config, mesh=mesh, rules=rules)
         params = {**params, "adapter": own}
-    return Transformer(config), params
+    return config.build(), params
 
 
 def save(

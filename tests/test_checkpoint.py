@@ -17,7 +17,8 @@ from dllm_jax import sources
 from dllm_jax.checkpoint import convert, load, load_adapter, save, save_adapter
 from dllm_jax.models import weights
 from dllm_jax.nn.adapters import AdapterConfig
-from dllm_jax.nn.transformer import Transformer, TransformerConfig, param_axes, param_shapes
+from dllm_jax.nn.transformer import Transformer, TransformerConfig
+from dllm_jax.nn.tree import param_axes, param_shapes
 from dllm_jax.sharding import FSDP, FSDP_TENSOR, TENSOR, Rules, make_mesh, shardings
 from dllm_jax.tokenizer import Tokenizer
 

@@ -29,7 +29,8 @@ from dllm_jax.cli.background import background
 from dllm_jax.cli.describe import activation_bytes, counts
 from dllm_jax.cli.options import Chat, Convert, Generate, Info
 from dllm_jax.nn.adapters import AdapterConfig
-from dllm_jax.nn.transformer import Transformer, TransformerConfig, param_shapes
+from dllm_jax.nn.transformer import Transformer, TransformerConfig
+from dllm_jax.nn.tree import param_shapes
 from dllm_jax.tokenizer import Tokenizer
 from dllm_jax.watch import Frame, LineView, LiveView, TextView, clean, segments
 from pallas_kernels import BlockMask

@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 from dllm_jax.checkpoint import load
 from dllm_jax.models import llada, llama, registry, weights
 from dllm_jax.models.tensors import TensorMap, leaves
-from dllm_jax.nn.transformer import TransformerConfig, param_shapes
+from dllm_jax.nn.transformer import TransformerConfig
+from dllm_jax.nn.tree import param_shapes
 
 LLAMA = {
     "model_type": "llama",

@@ -18,7 +18,8 @@ from dllm_jax import checkpoint, training
 from dllm_jax.corruption import MaskedBlocks
 from dllm_jax.data import Conversations
 from dllm_jax.nn.adapters import AdapterConfig
-from dllm_jax.nn.transformer import Transformer, param_shapes
+from dllm_jax.nn.transformer import Transformer
+from dllm_jax.nn.tree import param_shapes
 from tests.test_cli import CONFIG, END, byte_tokenizer
 
 BASE = dataclasses.replace(CONFIG, adapter=None, mask_id=None)

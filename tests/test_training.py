@@ -22,7 +22,8 @@ from dllm_jax.corruption import MaskedBlocks
 from dllm_jax.data import Conversations, write_part
 from dllm_jax.losses import DualStream
 from dllm_jax.nn.adapters import AdapterConfig
-from dllm_jax.nn.transformer import Transformer, param_shapes
+from dllm_jax.nn.transformer import Transformer
+from dllm_jax.nn.tree import param_shapes
 from dllm_jax.testing import tiny
 
 # One program for the whole file: the same model, objective, optimiser and shapes.

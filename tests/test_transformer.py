@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllm_jax.cache import append
-from dllm_jax.nn.transformer import Transformer, TransformerConfig, param_axes, param_shapes
+from dllm_jax.nn.transformer import Transformer, TransformerConfig
+from dllm_jax.nn.tree import param_axes, param_shapes
 from dllm_jax.testing import tiny
 from pallas_kernels import BlockMask
 

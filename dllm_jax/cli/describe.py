@@ -15,7 +15,8 @@ from etils import epath
 import dllm_jax
 from dllm_jax import checkpoint, sources
 from dllm_jax.models.adapters import read_adapter
-from dllm_jax.nn.transformer import TransformerConfig, param_shapes
+from dllm_jax.nn.transformer import TransformerConfig
+from dllm_jax.nn.tree import param_shapes
 
 ROLES = ("embedding", "attention", "mlp", "norms", "head", "adapter")
 

@@ -21,7 +21,8 @@ from safetensors.numpy import load_file, save_file
 from dllm_jax import sources
 from dllm_jax.models.tensors import leaves
 from dllm_jax.nn.adapters import AdapterConfig
-from dllm_jax.nn.transformer import TransformerConfig, param_axes, param_shapes
+from dllm_jax.nn.transformer import TransformerConfig
+from dllm_jax.nn.tree import param_axes, param_shapes
 from dllm_jax.typing import Params
 
 _FORMAT = "dllm_jax adapter"

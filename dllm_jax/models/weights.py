@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from dllm_jax import sources
 from dllm_jax.models import registry
 from dllm_jax.models.tensors import TensorMap, leaves
-from dllm_jax.nn.transformer import TransformerConfig, param_shapes
+from dllm_jax.nn.transformer import TransformerConfig
+from dllm_jax.nn.tree import param_shapes
 from dllm_jax.typing import Params
 
 

@@ -1,1 +1,1 @@
-"""Thin Linen modules: parameter names, shapes and the scan over layers."""
+"""Parameter names and shapes, thin Linen: one file an architecture."""

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dllm_jax.cache import KVCache, allocate
 from dllm_jax.nn.adapters import AdapterConfig, low_rank
+from dllm_jax.nn.tree import Entry, init, param_shapes
 from dllm_jax.ops.norm import rms_norm
 from dllm_jax.ops.rope import rope_angles, rotate
 from dllm_jax.typing import Params
@@ -70,6 +71,14 @@ class TransformerConfig:
                 f"first_layer={self.adapter.first_layer} leaves no layer for the adapter"
             )
 
+    def build(self) -> "Transformer":
+        """The module of this architecture."""
+        return Transformer(self)
+
+    def tree(self) -> Params:
+        """The parameter tree, as `tree.Entry`s."""
+        return _tree(self)
+
     @property
     def has_mask(self) -> bool:
         """Whether the mask token has an embedding: the adapter's, or one of the vocabulary's."""
@@ -87,7 +96,7 @@ class Output(NamedTuple):
     """What a forward pass returns."""
 
     hidden: jax.Array  # [B, Q, D], after the final norm
-    kv: jax.Array  # [Ly, B, K, Q, 2 * H]: the entries' own, ready for `cache.append`
+    kv: Any  # [Ly, B, K, Q, 2 * H]: the entries' own keys and values, ready for `cache.append`
 
 
 def forward(
@@ -113,7 +122,7 @@ class Transformer(nn.Module):
 
     def setup(self):
         shapes = param_shapes(self.config)
-        self.tree = {name: self.param(name, _init, sub) for name, sub in shapes.items()}
+        self.tree = {name: self.param(name, init, sub) for name, sub in shapes.items()}
 
     def __call__(
         self,
@@ -123,6 +132,7 @@ class Transformer(nn.Module):
         positions: Int[Array, "B Q"] | None = None,
         cache: KVCache | None = None,
         cache_end: Int[Array, "B"] | Int[Array, "B Q"] | None = None,
+        hole: tuple[Int[Array, "B"], Int[Array, "B"]] | None = None,
         lengths: Int[Array, "B"] | None = None,
         canvas: bool = True,
         frozen_layers: int = 0,
@@ -134,6 +144,7 @@ class Transformer(nn.Module):
           mask: how the entries see each other; the architecture's own over all of them by default.
           positions: rotary positions; by default they follow the cache, or start at 0.
           cache: the prefix, read only. `cache_end` defaults to its lengths.
+          hole: slots [first, second) of the cache that are not read: the entries stand in for them.
           lengths: valid clean entries of a row; later ones are padding that no one sees.
           canvas: False says that no entry is a mask token, and skips the adapter.
           frozen_layers: layers below are not differentiated (their backward pass is not run).
@@ -156,7 +167,7 @@ class Transformer(nn.Module):
             gate = tokens == config.mask_id
         context = _Context(
             config, mask, rope_angles(positions, config.head_dim, config.rope_theta), gate,
-            cache, cache_end, lengths,
+            cache, cache_end, hole, lengths,
         )  # fmt: skip
         hidden = embed(tree, config, tokens, gate)
         layers = {"base": tree["layers"]}
@@ -208,6 +219,7 @@ class _Context(NamedTuple):
     gate: jax.Array | None
     cache: KVCache | None
     cache_end: jax.Array | None
+    hole: tuple[jax.Array, jax.Array] | None
     lengths: jax.Array | None
 
 
@@ -247,8 +259,9 @@ def _layer(context: _Context, number, base: Params, adapter: Params, hidden: jax
         cached = jax.lax.dynamic_index_in_dim(context.cache.kv, number, keepdims=False)
         cached = cached.astype(q.dtype)
     mixed = block_attention(
-        q, k, v, context.mask, cache=cached, cache_end=context.cache_end, lengths=context.lengths
-    )
+        q, k, v, context.mask, cache=cached, cache_end=context.cache_end, hole=context.hole,
+        lengths=context.lengths,
+    )  # fmt: skip
     mixed = mixed.reshape(*mixed.shape[:2], -1)
     hidden = hidden + project(mixed, p["o"].reshape(-1, config.dim), "o", "bqi,id->bqd")
     p = base["mlp"]
@@ -260,27 +273,6 @@ def _layer(context: _Context, number, base: Params, adapter: Params, hidden: jax
     return hidden, jnp.moveaxis(kv, 1, 2)
 
 
-def param_shapes(config: TransformerConfig) -> Params:
-    """The parameter tree as `jax.ShapeDtypeStruct`s."""
-    return jax.tree.map(
-        lambda entry: jax.ShapeDtypeStruct(entry.shape, config.param_dtype),
-        _tree(config),
-        is_leaf=lambda x: isinstance(x, _Entry),
-    )
-
-
-def param_axes(config: TransformerConfig) -> Params:
-    """The parameter tree as tuples of logical axis names, for `sharding.shardings`."""
-    return jax.tree.map(
-        lambda entry: entry.axes, _tree(config), is_leaf=lambda x: isinstance(x, _Entry)
-    )
-
-
-class _Entry(NamedTuple):
-    shape: tuple[int, ...]
-    axes: tuple[str | None, ...]
-
-
 def _tree(c: TransformerConfig) -> Params:
     sizes = {
         "layers": c.num_layers, "embed": c.dim, "heads": c.num_heads, "kv_heads": c.num_kv_heads,
@@ -288,7 +280,7 @@ def _tree(c: TransformerConfig) -> Params:
     }  # fmt: skip
 
     def entry(*axes):
-        return _Entry(tuple(sizes[axis] for axis in axes), axes)
+        return Entry(tuple(sizes[axis] for axis in axes), axes)
 
     attention = {
         "norm": entry("layers", "embed"),
@@ -329,8 +321,8 @@ def _adapter_tree(layers: int, rank: int, entry) -> Params:
         narrow = entry(*outputs)
         axis = inputs[0] if len(inputs) == 1 else None
         return {
-            "in": _Entry((layers, flat, rank), ("layers", axis, None)),
-            "out": _Entry((layers, rank, *narrow.shape), ("layers", None, *narrow.axes)),
+            "in": Entry((layers, flat, rank), ("layers", axis, None)),
+            "out": Entry((layers, rank, *narrow.shape), ("layers", None, *narrow.axes)),
         }
 
     return {
@@ -343,25 +335,3 @@ def _adapter_tree(layers: int, rank: int, entry) -> Params:
         "up": pair(("embed",), ("ffn",)),
         "down": pair(("ffn",), ("embed",)),
     }
-
-
-def _init(key: jax.Array, shapes):
-    """Norms are ones, biases zeros, matrices normal with variance 1 / fan-in (embed: 0.02)."""
-    if isinstance(shapes, jax.ShapeDtypeStruct):
-        return _init_leaf(key, "", shapes)
-    leaves, tree = jax.tree.flatten_with_path(shapes)
-    keys = jax.random.split(key, len(leaves))
-    return jax.tree.unflatten(
-        tree, [_init_leaf(k, path[-1].key, s) for k, (path, s) in zip(keys, leaves, strict=True)]
-    )
-
-
-def _init_leaf(key, name, shape):
-    if len(shape.shape) == 1 or "norm" in name:
-        return jnp.ones(shape.shape, shape.dtype)
-    if "bias" in name or name == "out":
-        return jnp.zeros(shape.shape, shape.dtype)
-    if not name:  # embed [V, D], head [D, V]
-        return (0.02 * jax.random.normal(key, shape.shape)).astype(shape.dtype)
-    fan_in = shape.shape[1] * (shape.shape[2] if name == "o" else 1)
-    return (jax.random.normal(key, shape.shape) / fan_in**0.5).astype(shape.dtype)

@@ -15,6 +15,7 @@ def block_attention(
     *,
     cache: Float[Array, "B K S H2"] | None = None,
     cache_end: Int[Array, "B"] | Int[Array, "B Q"] | None = None,
+    hole: tuple[Int[Array, "B"], Int[Array, "B"]] | None = None,
     lengths: Int[Array, "B"] | None = None,
 ) -> Float[Array, "B Q N H"]:
     """Attention of Q entries over a cached prefix and over themselves under `mask`, grouped heads.
@@ -27,6 +28,8 @@ def block_attention(
       cache: keys and values of the prefix, packed side by side in the last axis (`H2 = 2 * H`).
       cache_end: valid slots of each row, or of each query; slots past it are neither read nor
       trusted.
+      hole: slots [first, second) of each row's cache that are not read, because the entries of this
+        pass stand in for them (a canvas whose surroundings are cached approximately).
       lengths: valid clean entries of each row (right padding is not attended to). All by default.
 
     Returns:
@@ -47,5 +50,5 @@ def block_attention(
         raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} kv heads")
     with jax.named_scope("block_attention"):
         return reference.block_attention(
-            q, k, v, mask, cache=cache, cache_end=cache_end, lengths=lengths
+            q, k, v, mask, cache=cache, cache_end=cache_end, hole=hole, lengths=lengths
         )

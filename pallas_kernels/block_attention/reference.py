@@ -23,7 +23,8 @@ class _Read(NamedTuple):
     visible: jax.Array  # bool[B or 1, Q, S]
 
 
-def block_attention(q, k, v, mask: BlockMask, *, cache=None, cache_end=None, lengths=None):
+def block_attention(q, k, v, mask: BlockMask, *, cache=None, cache_end=None, hole=None,
+                    lengths=None):  # fmt: skip
     """See `pallas_kernels.block_attention`."""
     batch, entries, heads, size = q.shape
     kv_heads, clean = k.shape[2], mask.clean
@@ -34,7 +35,10 @@ def block_attention(q, k, v, mask: BlockMask, *, cache=None, cache_end=None, len
         found = []
         if cache is not None and cache_end is not None:
             end = jnp.broadcast_to(cache_end.reshape(batch, -1), (batch, entries))[:, lo:hi, None]
-            visible = jnp.arange(cache.shape[2]) < end
+            slots = jnp.arange(cache.shape[2])
+            visible = slots < end
+            if hole is not None:
+                visible &= (slots < hole[0][:, None, None]) | (slots >= hole[1][:, None, None])
             # A slot nobody reads may hold anything, and 0 * NaN is NaN: clear its values.
             values = jnp.where(visible.any(axis=1)[:, None, :, None], cache[..., size:], 0)
             found.append(_Read(cache[..., :size], values, visible))
