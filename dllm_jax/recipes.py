@@ -1,13 +1,46 @@
-"""Named ways to decode, as data: pytrees whose numbers are traced and whose widths are static."""
+"""Named ways to decode, as data: pytrees whose numbers are traced and whose structure is static.
+
+    recipe = sdar(block_size=8, threshold=0.9)      # a published system, by its name
+    recipe = named("sdar", block_size=8)            # the same, from a string
+    recipe = dataclasses.replace(recipe, commit=EntropyBound(0.2))
+
+`TABLE` lists them; `to_dict` and `from_dict` write and read any recipe made of the parts here.
+"""
 
 import dataclasses
-from typing import Any
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from dllm_jax import policies
 from dllm_jax.ops.sampling import Sampling
-from dllm_jax.policies.commit import ConfidenceThreshold
+from dllm_jax.policies import (
+    Ancestral,
+    AnnealedTemperature,
+    Blocks,
+    ConfidenceThreshold,
+    EntropyBound,
+    Factor,
+    FirstHitting,
+    Guidance,
+    NoEdits,
+    Pipeline,
+    Quota,
+    ReMDM,
+    ReNoise,
+    Replace,
+    SelfConditioning,
+    Sliding,
+    StableAndConfident,
+    TimeGrid,
+)
+
+
+def _static(default):
+    return dataclasses.field(default=default, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -19,7 +52,7 @@ class Verified:
     of their verification, (width + 1) ** 2 entries in all, so drafting and checking share one pass.
     """
 
-    width: int = dataclasses.field(default=0, metadata={"static": True})
+    width: int = _static(0)
     sampling: Sampling = Sampling()
 
     def __post_init__(self):
@@ -29,23 +62,53 @@ class Verified:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockDiffusion:
-    """Denoises the `block_size` positions behind the written text, over an exact prefix cache.
+class Denoise:
+    """A row of parts plugged into the denoising loop. None switches a part off.
 
-    Each pass writes the first of them, as the causal mode would, and those behind it that `commit`
-    picks; whatever is gapless goes into the cache in the next pass, and the canvas slides on.
+    Caches: "none" runs every pass over the whole canvas; "prefix" keeps what is before the block
+    from the pass that opened it, "dual" what is before and behind (both approximate, for
+    bidirectional models); "exact" keeps finished blocks, which never change (block-causal and
+    causal models); "exact_sub_block" keeps the other sub-blocks of the block too, approximately.
     """
 
-    block_size: int = dataclasses.field(default=4, metadata={"static": True})
-    commit: Any = ConfidenceThreshold()  # anything with `commit(view) -> bool[B, T]`
+    width: Blocks | Sliding | Pipeline = Blocks(32)
+    cache: str = _static("none")
+    commit: Any = ConfidenceThreshold()  # `commit(view) -> bool[B, T]`
+    revise: Any = None  # `revise(view) -> Revision`
+    finish: Any = None  # `done(view) -> bool[B]`
+    carry: SelfConditioning | None = None
+    guidance: Guidance | None = None
+    shape: Any = None  # `shape(logits, step) -> logits`
     sampling: Sampling = Sampling()
+    # Blocks end at multiples of their size from position 0, so the prompt's tail is part of the
+    # first; else they begin right behind the prompt.
+    aligned: bool = _static(False)
+    # Where the first token of a block comes from: None, as the others | "opening": it is all that
+    # the pass that opens the block writes | "commit": the pass that caches the block before
+    first: str | None = _static(None)
+    # Each step writes a position; the most confident, where the policy picks none.
+    progress: bool = _static(True)
+    # "answer": a row stops when its text is gapless up to an end-of-turn token | "block": when the
+    # block with one is done | "never"
+    ending: str = _static("answer")
+    predict_mask: bool = _static(False)  # the mask token may be written (published codes allow it)
 
     def __post_init__(self):
-        if isinstance(self.block_size, int) and self.block_size < 1:
-            raise ValueError(f"block_size={self.block_size} must be at least 1")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is none of {known}")
 
 
-Recipe = Verified | BlockDiffusion
+_CHOICES = {
+    "cache": ("none", "prefix", "dual", "exact", "exact_sub_block"),
+    "first": (None, "opening", "commit"),
+    "ending": ("answer", "block", "never"),
+}
+
+Recipe = Verified | Denoise
+
+
+# Causal models, with or without a diffusion adapter
 
 
 def ar(*, temperature=0.0, top_k=0, top_p=1.0) -> Verified:
@@ -66,13 +129,467 @@ def self_speculative(*, width: int = 2, temperature=0.0, top_k=0, top_p=1.0) -> 
 
 def block_diffusion(
     *, block_size: int = 4, threshold=0.9, temperature=0.0, top_k=0, top_p=1.0
-) -> BlockDiffusion:
-    """Block diffusion with a confidence threshold and an exact prefix cache."""
-    return BlockDiffusion(
-        block_size=block_size,
+) -> Denoise:
+    """Block diffusion of a causal model, by a confidence threshold, over an exact prefix cache.
+
+    Whatever is gapless goes into the cache in the next pass, and the canvas slides on; at a
+    threshold of 1 this is `ar`.
+    """
+    return Denoise(
+        width=Sliding(block_size),
+        cache="exact",
+        commit=ConfidenceThreshold(_real(threshold)),
+        progress=False,
+        sampling=_sampling(temperature, top_k, top_p),
+    )
+
+
+# Bidirectional canvases
+
+
+def llada(
+    *,
+    block_size: int = 32,
+    steps_per_block=None,
+    remasking: str = "confidence",
+    guidance=0.0,
+    temperature=0.0,
+    top_k=0,
+    top_p=1.0,
+) -> Denoise:
+    """LLaDA's semi-autoregressive decoding (2502.09992, algorithm 5).
+
+    Args:
+      block_size: 0 decodes the whole canvas at once.
+      steps_per_block: by default one token a step.
+      remasking: "confidence" (low-confidence remasking) or "random".
+      guidance: scale of classifier-free guidance; 0 is off.
+    """
+    steps = (block_size or 1 << 20) if steps_per_block is None else steps_per_block
+    return Denoise(
+        width=Blocks(block_size),
+        commit=Quota(steps, remasking),
+        guidance=_guidance(guidance),
+        sampling=_sampling(temperature, top_k, top_p),
+    )
+
+
+def fast_dllm(
+    *,
+    cache: str = "dual",
+    block_size: int = 32,
+    threshold=0.9,
+    factor=None,
+    steps_per_block=None,
+    guidance=0.0,
+    temperature=0.0,
+    top_k=0,
+    top_p=1.0,
+) -> Denoise:
+    """Fast-dLLM v1 on LLaDA (2505.22618): parallel decoding over an approximate cache.
+
+    Args:
+      cache: "none", "prefix" or "dual".
+      threshold: of confidence; unless `factor` or `steps_per_block` (LLaDA's quota) is given.
+    """
+    if steps_per_block is not None:
+        commit: Any = Quota(steps_per_block)
+    elif factor is not None:
+        commit = Factor(_real(factor))
+    else:
+        commit = ConfidenceThreshold(_real(threshold))
+    return Denoise(
+        width=Blocks(block_size),
+        cache=cache,
+        commit=commit,
+        guidance=_guidance(guidance),
+        sampling=_sampling(temperature, top_k, top_p),
+    )
+
+
+def fast_dllm_prefix(**options) -> Denoise:
+    """`fast_dllm` with the prefix cached."""
+    return fast_dllm(cache="prefix", **options)
+
+
+def fast_dllm_dual(**options) -> Denoise:
+    """`fast_dllm` with prefix and suffix cached."""
+    return fast_dllm(cache="dual", **options)
+
+
+_DREAM = {
+    "entropy": "entropy",
+    "topk_margin": "margin",
+    "maskgit_plus": "confidence",
+}
+
+
+def dream(
+    *, steps=128, alg: str = "entropy", eps=1e-3, temperature=0.0, top_k=0, top_p=1.0
+) -> Denoise:
+    """Dream's diffusion_generate: the whole canvas, on a time grid of `steps` steps (2508.15487).
+
+    Args:
+      alg: "entropy", "topk_margin", "maskgit_plus", or "origin" (random; needs a key).
+    """
+    return Denoise(
+        width=Blocks(0),
+        commit=_dream_commit(alg, steps, eps),
+        progress=False,
+        sampling=_sampling(temperature, top_k, top_p),
+    )
+
+
+def dream_cached(
+    *,
+    cache: str = "dual",
+    block_size: int = 32,
+    threshold=0.9,
+    alg: str = "confidence_threshold",
+    steps_per_block: int | None = None,
+    eps=1e-3,
+    temperature=0.0,
+    top_k=0,
+    top_p=1.0,
+) -> Denoise:
+    """Fast-dLLM's block decoder for Dream: "prefix" or "dual" cache.
+
+    The pass that opens a block writes its first token alone. Other `alg` than confidence_threshold
+    follow Dream's time grid, `steps_per_block` steps a block.
+    """
+    commit: Any = ConfidenceThreshold(_real(threshold))
+    if alg != "confidence_threshold":
+        commit = _dream_commit(alg, steps_per_block or block_size, eps)
+    return Denoise(
+        width=Blocks(block_size),
+        cache=cache,
+        commit=commit,
+        first="opening",
+        progress=alg == "confidence_threshold",
+        sampling=_sampling(temperature, top_k, top_p),
+    )
+
+
+def remdm(
+    *, steps=128, schedule: str = "cap", eta=0.02, by_confidence: bool = False,
+    temperature=1.0, top_k=0, top_p=1.0,
+) -> Denoise:  # fmt: skip
+    """Ancestral sampling with re-masking (ReMDM, 2503.00307) over the whole canvas; needs a key."""
+    part = ReMDM(steps, _real(eta), schedule, by_confidence)
+    return Denoise(
+        width=Blocks(0),
+        commit=part,
+        revise=part,
+        progress=False,
+        sampling=_sampling(temperature, top_k, top_p),
+    )
+
+
+# Block-causal models
+
+
+def bd3lm(
+    *, block_size: int = 16, sampler: str = "first_hitting", steps=5000, temperature=1.0,
+    top_k=0, top_p=1.0,
+) -> Denoise:  # fmt: skip
+    """BD3-LM's semi-autoregressive sampling (2503.09573); needs a key.
+
+    Args:
+      sampler: "first_hitting", one random position a pass, or "ancestral", `steps` passes a block.
+    """
+    samplers = {"first_hitting": FirstHitting(), "ancestral": Ancestral(steps)}
+    return Denoise(
+        width=Blocks(block_size),
+        cache="exact",
+        aligned=True,
+        commit=_chosen("sampler", sampler, samplers),
+        progress=False,
+        sampling=_sampling(temperature, top_k, top_p),
+    )
+
+
+def sdar(
+    *,
+    block_size: int = 4,
+    order: str = "dynamic",
+    threshold=0.85,
+    bound=0.1,
+    steps_per_block=None,
+    temperature=0.0,
+    top_k=0,
+    top_p=1.0,
+) -> Denoise:
+    """SDAR's block diffusion (2510.06303).
+
+    Args:
+      order: "dynamic" (over the threshold, and at least the quota), "static" (the quota's most
+        confident), "sequential" (left to right) or "entropy_bound" (JetEngine's).
+      steps_per_block: of the quota; by default one token a step.
+    """
+    steps = block_size if steps_per_block is None else steps_per_block
+    orders = {
+        "dynamic": ConfidenceThreshold(_real(threshold), Quota(steps, per="block")),
+        "static": Quota(steps, per="block"),
+        "sequential": Quota(steps, "position", per="block"),
+        "entropy_bound": EntropyBound(_real(bound)),
+    }
+    return Denoise(
+        width=Blocks(block_size),
+        cache="exact",
+        aligned=True,
+        commit=_chosen("order", order, orders),
+        sampling=_sampling(temperature, top_k, top_p),
+    )
+
+
+def fast_dllm_v2(
+    *,
+    block_size: int = 32,
+    sub_block: int = 8,
+    threshold=0.9,
+    block_cache: bool = False,
+    temperature=0.0,
+    top_k=0,
+    top_p=1.0,
+) -> Denoise:
+    """Fast-dLLM v2 (2509.26328): sub-blocks of a block from left to right, shifted outputs.
+
+    The pass that caches a block writes the first token of the next. `block_cache` feeds a sub-block
+    alone once its first token is there (its dual cache; approximate).
+    """
+    return Denoise(
+        width=Blocks(block_size, sub_block),
+        cache="exact_sub_block" if block_cache else "exact",
+        aligned=True,
+        first="commit",
         commit=ConfidenceThreshold(_real(threshold)),
         sampling=_sampling(temperature, top_k, top_p),
     )
+
+
+def d2f(
+    *,
+    block_size: int = 32,
+    blocks: int = 4,
+    add=0.1,
+    complete=0.95,
+    threshold=0.9,
+    temperature=0.0,
+    top_k=0,
+    top_p=1.0,
+) -> Denoise:
+    """Discrete diffusion forcing (2508.09192): a pipeline of blocks over an exact cache."""
+    return Denoise(
+        width=Pipeline(block_size, blocks, _real(add), _real(complete)),
+        cache="exact",
+        commit=ConfidenceThreshold(_real(threshold)),
+        sampling=_sampling(temperature, top_k, top_p),
+    )
+
+
+def llada2(
+    *, block_size: int = 32, threshold=0.95, steps_per_block=None, temperature=0.0, top_k=0,
+    top_p=1.0,
+) -> Denoise:  # fmt: skip
+    """LLaDA2.0: all over the threshold, and at least the quota of the block."""
+    steps = block_size if steps_per_block is None else steps_per_block
+    return Denoise(
+        width=Blocks(block_size),
+        cache="exact",
+        aligned=True,
+        commit=ConfidenceThreshold(_real(threshold), Quota(steps, per="block")),
+        sampling=_sampling(temperature, top_k, top_p),
+    )
+
+
+def llada2_edit(
+    *, block_size: int = 32, threshold=0.7, edit_threshold=0.5, max_edit_steps=16,
+    temperature=0.0, top_k=0, top_p=1.0,
+) -> Denoise:  # fmt: skip
+    """LLaDA2.1: as LLaDA2.0, and written tokens of the block are replaced while it is open."""
+    return Denoise(
+        width=Blocks(block_size),
+        cache="exact",
+        aligned=True,
+        commit=ConfidenceThreshold(_real(threshold)),
+        revise=Replace(_real(edit_threshold)),
+        finish=NoEdits(max_edit_steps),
+        sampling=_sampling(temperature, top_k, top_p),
+    )
+
+
+def diffusion_gemma(
+    *, canvas: int = 256, bound=0.1, steps=48, hot=0.8, cold=0.4, entropy=0.005
+) -> Denoise:
+    """DiffusionGemma: uniform noise, entropy bound, self-conditioning; needs a key.
+
+    Args:
+      canvas: positions of a block; the model's `canvas_length`.
+      bound: of the joint error of accepted tokens, in nats.
+      hot, cold: temperatures at the first step, and behind the last.
+      entropy: a stable canvas whose mean entropy (nats) is below this is done.
+    """
+    return Denoise(
+        width=Blocks(canvas),
+        cache="exact",
+        commit=EntropyBound(_real(bound)),
+        revise=ReNoise(),
+        finish=StableAndConfident(_real(entropy), steps),
+        carry=SelfConditioning(),
+        shape=AnnealedTemperature(_real(hot), _real(cold), steps),
+        sampling=Sampling(1.0),
+    )
+
+
+class Row(NamedTuple):
+    """A line of the table of recipes."""
+
+    make: Callable[..., Recipe]
+    families: tuple[str, ...]  # of `model_type`s that it is published for
+    noise: str
+    attention: str
+    logits: str  # the position whose output predicts position i
+
+
+_LLADA = ("llada", "llada_moe")
+_CAUSAL = ("llama", "qwen2", "qwen3", "qwen3_moe")
+
+TABLE: dict[str, Row] = {
+    "ar": Row(ar, _CAUSAL, "-", "causal", "i-1"),
+    "self_speculative": Row(self_speculative, _CAUSAL, "masked", "causal, canvas", "i-1"),
+    "block_diffusion": Row(block_diffusion, _CAUSAL, "masked", "causal, canvas", "i-1"),
+    "llada": Row(llada, _LLADA, "masked", "bidirectional", "i"),
+    "fast_dllm": Row(fast_dllm, _LLADA, "masked", "bidirectional", "i"),
+    "fast_dllm_prefix": Row(fast_dllm_prefix, _LLADA, "masked", "bidirectional", "i"),
+    "fast_dllm_dual": Row(fast_dllm_dual, _LLADA, "masked", "bidirectional", "i"),
+    "dream": Row(dream, ("Dream",), "masked", "bidirectional", "i-1"),
+    "dream_cached": Row(dream_cached, ("Dream",), "masked", "bidirectional", "i-1"),
+    "remdm": Row(remdm, (*_LLADA, "Dream"), "masked", "bidirectional", "as trained"),
+    "bd3lm": Row(bd3lm, ("bd3lm",), "masked", "block-causal", "i"),
+    "sdar": Row(sdar, ("sdar", "sdar_moe"), "masked", "block-causal", "i"),
+    "fast_dllm_v2": Row(fast_dllm_v2, ("Fast_dLLM_Qwen",), "masked", "block-causal", "i-1"),
+    "d2f": Row(d2f, (*_LLADA, "Dream"), "masked", "block-causal", "as trained"),
+    "llada2": Row(llada2, ("llada2_moe",), "masked", "block-causal", "i"),
+    "llada2_edit": Row(llada2_edit, ("llada2_moe",), "masked", "block-causal", "i"),
+    "diffusion_gemma": Row(
+        diffusion_gemma, ("diffusion_gemma",), "uniform", "causal, canvas", "i"
+    ),
+}  # fmt: skip
+"""Every recipe by its name."""
+
+
+def named(name: str, **options: Any) -> Recipe:
+    """A recipe by its name.
+
+    Raises:
+      ValueError: no such recipe, or it has no such option.
+    """
+    if name not in TABLE:
+        raise ValueError(f"no recipe {name!r}; there are {', '.join(TABLE)}")
+    make = TABLE[name].make
+    known = options_of(name)
+    for option in options:
+        if option not in known:
+            raise ValueError(f"recipe {name} has no option {option!r}; it has {', '.join(known)}")
+    return make(**options)
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """The options of a recipe, with their defaults."""
+    found = {}
+    for parameter in inspect.signature(TABLE[name].make).parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:  # a variant: what its original takes
+            found.update({k: v for k, v in options_of("fast_dllm").items() if k != "cache"})
+        else:
+            found[parameter.name] = parameter.default
+    return found
+
+
+def for_family(family: str) -> str:
+    """The name of the recipe that a family's published code uses.
+
+    Raises:
+      ValueError: no recipe is published for it.
+    """
+    first = {
+        row_family: name for name, row in reversed(TABLE.items()) for row_family in row.families
+    }
+    if family not in first:
+        raise ValueError(f"no recipe is known for {family!r}; give one of {', '.join(TABLE)}")
+    return first[family]
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as plain data (JSON), for `from_dict`.
+
+    Raises:
+      ValueError: it has a part or a number that is not plain data (your own part, a traced value).
+    """
+    return _plain(recipe)
+
+
+def from_dict(data: Mapping[str, Any]) -> Recipe:
+    """The recipe of `to_dict`'s data.
+
+    Raises:
+      ValueError: a part or a field is unknown.
+    """
+    recipe = _part(data)
+    if not isinstance(recipe, Verified | Denoise):
+        raise ValueError(f"a recipe is Verified or Denoise, not {data.get('part')!r}")
+    return recipe
+
+
+_PARTS: dict[str, type] = {
+    "Verified": Verified,
+    "Denoise": Denoise,
+    "Sampling": Sampling,
+    **{name: getattr(policies, name) for name in policies.__all__
+       if dataclasses.is_dataclass(getattr(policies, name))},
+}  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, jax.Array | np.ndarray | np.generic) and not isinstance(
+        value, jax.core.Tracer
+    ):
+        return np.asarray(value).tolist()
+    if type(value) in _PARTS.values():
+        fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"part": type(value).__name__, **fields}
+    raise ValueError(f"{value!r} cannot be written: only parts of dllm_jax and plain numbers can")
+
+
+def _part(data: Any) -> Any:
+    if not isinstance(data, Mapping):
+        return data
+    fields = dict(data)
+    name = fields.pop("part", None)
+    if name not in _PARTS:
+        raise ValueError(f"unknown part {name!r}; known are {', '.join(_PARTS)}")
+    known = {f.name for f in dataclasses.fields(_PARTS[name])}
+    for field in fields:
+        if field not in known:
+            raise ValueError(f"part {name} has no field {field!r}; it has {', '.join(known)}")
+    return _PARTS[name](**{field: _part(value) for field, value in fields.items()})
+
+
+def _chosen(option: str, choice: str, known: Mapping[str, Any]) -> Any:
+    if choice not in known:
+        raise ValueError(f"{option}={choice!r} is none of {', '.join(known)}")
+    return known[choice]
+
+
+def _dream_commit(alg: str, steps, eps) -> Any:
+    if alg == "origin":
+        return Ancestral(steps, _real(eps))
+    return TimeGrid(steps, _real(eps), _chosen("alg", alg, _DREAM))
+
+
+def _guidance(scale) -> Guidance | None:
+    return Guidance(_real(scale)) if isinstance(scale, jax.Array) or scale else None
 
 
 def _sampling(temperature, top_k, top_p) -> Sampling:

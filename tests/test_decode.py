@@ -1,5 +1,6 @@
 """The decoding loops against slow twins in plain Python, and their laws."""
 
+import dataclasses
 import itertools
 import re
 from functools import partial
@@ -12,7 +13,8 @@ import pytest
 import scipy.stats
 
 from dllm_jax import recipes
-from dllm_jax.decode.generate import Prompt, _generate, _prepare, generate, pad, stream
+from dllm_jax.decode.generate import Prompt, _generate, generate, pad, stream
+from dllm_jax.decode.prompt import checked, edge
 from dllm_jax.decode.state import result
 from dllm_jax.nn.transformer import forward, logits_of
 from dllm_jax.testing import tiny
@@ -224,8 +226,10 @@ def test_one_trace_for_numbers_and_lengths_of_a_bucket():
 
 def test_nothing_leaves_the_device_inside_the_loop():
     recipe = recipes.self_speculative(width=2)
-    prompt, recipe, keys, slots = _prepare(MODEL, PARAMS, ROWS, recipe, BUDGET, None)
-    lowered = _generate.lower(MODEL, PARAMS, prompt, recipe, jnp.int32(BUDGET), keys, slots=slots)
+    job = edge(MODEL, checked(ROWS, MODEL.config), recipe, BUDGET, None)
+    lowered = _generate.lower(
+        MODEL, PARAMS, job.prompt, job.recipe, job.budget, job.keys, size=job.size
+    )
     text = lowered.compile().as_text()
     assert " while(" in text
     assert not re.search(r"\b(infeed|outfeed|send|recv|send-done|recv-done)\(", text)
@@ -263,7 +267,8 @@ class Behind(NamedTuple):
 
 
 def test_a_policy_of_ones_own_plugs_in():
-    recipe = recipes.BlockDiffusion(block_size=4, commit=Behind(2))
+    recipe = recipes.block_diffusion(block_size=4)
+    recipe = dataclasses.replace(recipe, commit=Behind(2))
     res = generate(MODEL, PARAMS, ROWS, recipe=recipe, max_new_tokens=BUDGET)
     np.testing.assert_array_equal(res.nfe, -(-res.lengths // 3))
 
@@ -327,10 +332,10 @@ def test_bad_requests_are_told_so():
     bare, _ = tiny(adapter=False)
     ask("no mask token", recipes.block_diffusion(), model=bare)
     with pytest.raises(TypeError, match="is not a recipe"):
-        _prepare(MODEL, PARAMS, ROWS, recipes.ar, 4, None)
+        edge(MODEL, pad(ROWS), recipes.ar, 4, None)
     with pytest.raises(ValueError, match="at least 1"):
         recipes.self_speculative(width=0)
     with pytest.raises(ValueError, match="whole number"):
         recipes.ar(top_k=2.5)
-    with pytest.raises(ValueError, match="block_size=0"):
+    with pytest.raises(ValueError, match="a block of 0"):
         recipes.block_diffusion(block_size=0)

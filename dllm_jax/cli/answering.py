@@ -15,7 +15,7 @@ from dllm_jax.cli.options import Decoding, ModelOptions
 from dllm_jax.decode.generate import BUCKET, Prompt, generate, pad, stream
 from dllm_jax.decode.state import STOP_REASONS, DecodeState
 from dllm_jax.nn.transformer import Transformer
-from dllm_jax.recipes import BlockDiffusion, Recipe
+from dllm_jax.recipes import Denoise, Recipe
 from dllm_jax.tokenizer import Tokenizer
 from dllm_jax.typing import Key, Params
 from dllm_jax.watch import Frame
@@ -106,7 +106,7 @@ def frames(
         loaded.model, loaded.params, _padded(rows), recipe=how,
         max_new_tokens=options.max_new_tokens, key=_key(options, turn),
     )  # fmt: skip
-    size = how.block_size if isinstance(how, BlockDiffusion) else 0
+    size = how.width.size if isinstance(how, Denoise) else 0
     while True:
         with clock:
             state = next(states, None)

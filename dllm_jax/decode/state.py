@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 
 from dllm_jax.cache import KVCache
-from dllm_jax.nn.transformer import Transformer, logits_of
-from dllm_jax.typing import Params
 
 RUNNING, END_OF_TURN, LENGTH = 0, 1, 2
 STOP_REASONS = ("running", "end_of_turn", "length")
@@ -16,18 +14,36 @@ STOP_REASONS = ("running", "end_of_turn", "length")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """A batch under way. Rows are left-aligned: the token at index i of a row has position i."""
+    """A batch under way. Rows are left-aligned: the token at index i of a row has position i.
 
-    tokens: jax.Array  # int32[B, L]: prompt, answer, the mask id where a canvas is open
-    prompt: jax.Array  # int32[B]: tokens of the prompt
+    Zero-sized arrays stand for what a recipe does not need.
+    """
+
+    tokens: jax.Array  # int32[B, L]: the prompt, the answer, noise where nothing is written
+    free: jax.Array  # bool[B, L]: positions that are to be written; the others are given
+    open: jax.Array  # bool[B, L]: those of them that are not written yet
+    logprobs: jax.Array  # float32[B, L]: of written tokens, in the pass that wrote them (nats)
+    prompt: jax.Array  # int32[B]: where the answer begins
     written: jax.Array  # int32[B]: tokens that are final and gapless, prompt included
     limit: jax.Array  # int32[B]: `written` may not exceed it
+    end: jax.Array  # int32[B]: where the canvas ends; blocks may reach behind `limit`
+    start: jax.Array  # int32[B]: first position of the block that is denoised
+    reach: jax.Array  # int32[B]: where the last block that is denoised ends
+    step: jax.Array  # int32[B]: steps that the block has had
+    full_steps: jax.Array  # int32[B]: those of them that began with nothing masked
+    opened: jax.Array  # int32[B]: positions that were to be written when the block was opened
+    blocks: jax.Array  # int32[B]: blocks done
+    stale: jax.Array  # bool[B]: the row needs a pass over all of its canvas (approximate caches)
+    last: jax.Array  # [R, 1, D]: hidden state of the last cached token (shifted outputs)
+    carry: jax.Array  # [R, T, D]: soft embeddings of the step before (self-conditioning)
+    previous: jax.Array  # int32[B, T]: the most probable tokens of the step before
+    forced: jax.Array  # int32[B, L]: the tokens to write, whatever the model says (scoring)
     drafts: jax.Array  # int32[B, W]: guesses at the tokens behind `written` (speculation)
-    draft_probs: jax.Array  # float32[B, W, V] when sampling, else [B, W, 0]: their distributions
-    cache: KVCache
+    draft_probs: jax.Array  # float32[B, W, V] when sampling: their distributions
+    cache: KVCache  # of R rows: B, or 2 * B with guidance, those without the prompt behind
     stop: jax.Array  # int32[B]: RUNNING, END_OF_TURN or LENGTH
-    nfe: jax.Array  # int32[B]: forward passes while the row was running, the prefill included
-    queries: jax.Array  # int32[B]: entries processed in those passes, the prompt's left out
+    nfe: jax.Array  # int32[B]: forward passes that the row took part in, the prefill included
+    queries: jax.Array  # int32[B]: entries processed in those passes, the prefill's prompt left out
     mask_id: int = dataclasses.field(metadata={"static": True})
     pad_id: int = dataclasses.field(metadata={"static": True})
 
@@ -37,8 +53,8 @@ class DecodeState:
 
     @property
     def masked(self) -> jax.Array:
-        """bool[B, L]: positions of the current canvas that are not written."""
-        return self.tokens == self.mask_id
+        """bool[B, L]: positions that are not written."""
+        return self.open
 
     @property
     def answer_length(self) -> jax.Array:
@@ -53,6 +69,7 @@ class Result:
 
     tokens: jax.Array  # int32[B, N]: the answer, the end-of-turn token included, then the pad id
     lengths: jax.Array  # int32[B]: tokens of the answer
+    logprobs: jax.Array  # float32[B, N]: of each token in the pass that wrote it (nats), else 0
     stop: jax.Array  # int32[B]: index into STOP_REASONS
     nfe: jax.Array  # int32[B]: forward passes, the prefill included
     queries: jax.Array  # int32[B]: entries processed in them, the prompt's left out
@@ -80,22 +97,41 @@ def result(state: DecodeState, max_new_tokens: int) -> Result:
     """Cuts the answers out of a state."""
     index = jnp.arange(max_new_tokens)
     at = jnp.minimum(state.prompt[:, None] + index, state.tokens.shape[1] - 1)
-    tokens = jnp.take_along_axis(state.tokens, at, axis=1)
-    tokens = jnp.where(index < state.answer_length[:, None], tokens, state.pad_id)
-    return Result(tokens, state.answer_length, state.stop, state.nfe, state.queries)
+    there = index < state.answer_length[:, None]
+    tokens = jnp.where(there, jnp.take_along_axis(state.tokens, at, axis=1), state.pad_id)
+    logprobs = jnp.where(there, jnp.take_along_axis(state.logprobs, at, axis=1), 0.0)
+    return Result(tokens, state.answer_length, logprobs, state.stop, state.nfe, state.queries)
 
 
-def put(tokens: jax.Array, start: jax.Array, values: jax.Array, keep: jax.Array) -> jax.Array:
-    """Writes `values[b, i]` [B, Q] at `start[b] + i` of `tokens` [B, L] where `keep[b, i]`."""
-    rows = jnp.arange(tokens.shape[0])[:, None]
-    at = jnp.where(keep, start[:, None] + jnp.arange(values.shape[1]), tokens.shape[1])
-    return tokens.at[rows, at].set(values, mode="drop")
+def write(
+    state: DecodeState, start: jax.Array, values: jax.Array, keep: jax.Array, logprobs: jax.Array
+) -> DecodeState:
+    """Writes `values[b, i]` [B, Q] at `start[b] + i` where `keep[b, i]`."""
+    return dataclasses.replace(
+        state,
+        tokens=put(state.tokens, start, values, keep),
+        open=put(state.open, start, jnp.zeros_like(keep), keep),
+        logprobs=put(state.logprobs, start, logprobs, keep),
+    )
+
+
+def put(into: jax.Array, start: jax.Array, values: jax.Array, keep: jax.Array) -> jax.Array:
+    """`into` [B, L] with `values[b, i]` [B, Q] at `start[b] + i` where `keep[b, i]`."""
+    rows = jnp.arange(into.shape[0])[:, None]
+    at = jnp.where(keep, start[:, None] + jnp.arange(values.shape[1]), into.shape[1])
+    return into.at[rows, at].set(values.astype(into.dtype), mode="drop")
 
 
 def window(tokens: jax.Array, start: jax.Array, size: int) -> jax.Array:
-    """`tokens[b, start[b] : start[b] + size]`, int32[B, size]."""
+    """`tokens[b, start[b] : start[b] + size]`, [B, size]; behind the end, the last one."""
     at = start[:, None] + jnp.arange(size)
     return jnp.take_along_axis(tokens, jnp.minimum(at, tokens.shape[1] - 1), axis=1)
+
+
+def gather(hidden: jax.Array, start: jax.Array, size: int) -> jax.Array:
+    """`hidden[b, start[b] : start[b] + size]`, [B, size, D], indices held within bounds."""
+    at = jnp.clip(start[:, None] + jnp.arange(size), 0, hidden.shape[1] - 1)
+    return jnp.take_along_axis(hidden, at[..., None], axis=1)
 
 
 def is_end(tokens: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
@@ -106,10 +142,9 @@ def is_end(tokens: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
     return found
 
 
-def scores(model: Transformer, params: Params, hidden: jax.Array) -> jax.Array:
-    """Logits, float32[..., V]; a mask token inside the vocabulary is never to be written."""
-    logits, mask_id = logits_of(model, params, hidden), model.config.mask_id
-    if mask_id is None or mask_id >= model.config.vocab_size:
+def without_mask(logits: jax.Array, mask_id: int | None) -> jax.Array:
+    """The scores with those of a mask token inside the vocabulary at minus infinity."""
+    if mask_id is None or not 0 <= mask_id < logits.shape[-1]:
         return logits
     return logits.at[..., mask_id].set(-jnp.inf)
 

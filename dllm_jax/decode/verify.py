@@ -15,16 +15,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from dllm_jax.cache import append
-from dllm_jax.decode.state import (
-    DecodeState,
-    is_end,
-    put,
-    scores,
-    stopped,
-    window,
-)
-from dllm_jax.nn.transformer import Transformer, forward
+from dllm_jax.cache import append, cut
+from dllm_jax.decode.state import DecodeState, gather, is_end, stopped, window, without_mask, write
+from dllm_jax.nn.transformer import Transformer, forward, logits_of
 from dllm_jax.ops.sampling import draw, probabilities, uniform
 from dllm_jax.recipes import Verified
 from dllm_jax.typing import Key, Params
@@ -33,21 +26,30 @@ from pallas_kernels import BlockMask
 _ACCEPT, _TOKEN, _DRAFT = 0, 1, 2  # streams of noise
 
 
-def prefill_queries(recipe: Verified) -> int:
-    """Mask entries that ride on the prefill pass."""
-    return recipe.width
-
-
-def first_tokens(
-    model, params, recipe: Verified, keys, state: DecodeState, last, masks
-) -> DecodeState:
-    """The first token and the first drafts, from the prefill's hidden states.
-
-    Args:
-      last: [B, 1, D], of the prompt's last token.
-      masks: [B, W, D], of the mask entries behind it.
-    """
-    return _settle(model, params, recipe, keys, state, 0, last, masks[:, None])
+def first_steps(model, params, recipe: Verified, keys, state: DecodeState, width: int):
+    """The prefill of `width` prompt slots, and out of it the first token and the first drafts."""
+    batch = len(state.prompt)
+    entries = state.tokens[:, :width]
+    positions = jnp.broadcast_to(jnp.arange(width), (batch, width))
+    mask = BlockMask.causal(width)
+    if recipe.width:
+        masks = jnp.full((batch, recipe.width), state.mask_id, jnp.int32)
+        entries = jnp.concatenate([entries, masks], axis=1)
+        ahead = state.prompt[:, None] + jnp.arange(recipe.width)
+        positions = jnp.concatenate([positions, ahead], axis=1)
+        mask = BlockMask.dual_stream(width, recipe.width, stride=0, offset=width)
+    out = forward(
+        model, params, entries, mask=mask, positions=positions, lengths=state.prompt,
+        canvas=recipe.width > 0,
+    )  # fmt: skip
+    state = dataclasses.replace(
+        state,
+        cache=append(state.cache, cut(out.kv, 0, width), state.prompt),
+        nfe=state.nfe + 1,
+        queries=state.queries + recipe.width,
+    )
+    last = gather(out.hidden, state.prompt - 1, 1)
+    return _settle(model, params, recipe, keys, state, 0, last, out.hidden[:, None, width:])
 
 
 def step(
@@ -78,7 +80,7 @@ def step(
     counts = jnp.where(state.finished, 0, after.written - before)
     return dataclasses.replace(
         after,
-        cache=append(state.cache, out.kv[:, :, :, : width + 1], counts),
+        cache=append(state.cache, cut(out.kv, 0, width + 1), counts),
         nfe=state.nfe + ~state.finished,
         queries=state.queries + jnp.where(state.finished, 0, entries.shape[1]),
     )
@@ -91,7 +93,7 @@ def _settle(model, params, recipe, keys, state: DecodeState, count: int, hidden,
       hidden: [B, 1 + count, D]: row i predicts the token at `written + i`.
       groups: [B, 1 + count, W, D]: masks behind each outcome.
     """
-    logits = scores(model, params, hidden)
+    logits = _scores(model, params, hidden)
     drafts, draft_probs = state.drafts[:, :count], state.draft_probs[:, :count]
     at = state.written[:, None] + jnp.arange(count + 1)
     if keys is None:
@@ -114,21 +116,23 @@ def _settle(model, params, recipe, keys, state: DecodeState, count: int, hidden,
     keep = jnp.arange(count + 1) < kept[:, None]
     written = state.written + kept
     ended = (is_end(tokens, model.config.eos_ids) & keep).any(axis=1)
-    state = dataclasses.replace(
-        state,
-        tokens=put(state.tokens, state.written, tokens, keep),
-        written=written,
-        stop=stopped(state, written, ended),
-    )
+    nats = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]
+    state = write(state, state.written, tokens, keep, nats)
+    state = dataclasses.replace(state, written=written, stop=stopped(state, written, ended))
     if not recipe.width:
         return state
     chosen = jnp.take_along_axis(groups, right[:, None, None, None], axis=1)[:, 0]
-    logits = scores(model, params, chosen)
+    logits = _scores(model, params, chosen)
     if keys is None:
         return dataclasses.replace(state, drafts=logits.argmax(axis=-1).astype(jnp.int32))
     probs = probabilities(logits, recipe.sampling)
     at = state.written[:, None] + jnp.arange(recipe.width)
     return dataclasses.replace(state, drafts=draw(keys, at, _DRAFT, probs), draft_probs=probs)
+
+
+def _scores(model, params, hidden) -> jax.Array:
+    """Logits, float32[..., V]; a mask token inside the vocabulary is never to be written."""
+    return without_mask(logits_of(model, params, hidden), model.config.mask_id)
 
 
 def _pad(x: jax.Array) -> jax.Array:

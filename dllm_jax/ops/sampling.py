@@ -59,26 +59,34 @@ def _filter(logits, sampling: Sampling):
 
 
 def draw(
-    keys: Key, positions: Int[Array, "B Q"], stream: int, probs: Float[Array, "B Q V"]
+    keys: Key,
+    positions: Int[Array, "B Q"],
+    stream: int,
+    probs: Float[Array, "B Q V"],
+    step: Int[Array, "B"] | None = None,
 ) -> Int[Array, "B Q"]:
     """One token for each row and position, by the Gumbel-max trick.
 
-    The noise is a function of (the row's key, position, stream) only: padding, neighbours and the
-    number of positions drawn at once do not change it.
+    The noise is a function of (the row's key, position, stream, the row's step) only: padding,
+    neighbours and the number of positions drawn at once do not change it.
     """
 
     def one(key, p):
         noise = jax.random.gumbel(key, p.shape, jnp.float32)
         return jnp.argmax(jnp.log(p) + noise, axis=-1).astype(jnp.int32)
 
-    return jax.vmap(jax.vmap(one))(_at(keys, positions, stream), probs)
+    return jax.vmap(jax.vmap(one))(_at(keys, positions, stream, step), probs)
 
 
-def uniform(keys: Key, positions: Int[Array, "B Q"], stream: int) -> Float[Array, "B Q"]:
+def uniform(
+    keys: Key, positions: Int[Array, "B Q"], stream: int, step: Int[Array, "B"] | None = None
+) -> Float[Array, "B Q"]:
     """One number in [0, 1) for each row and position, keyed as in `draw`."""
-    return jax.vmap(jax.vmap(jax.random.uniform))(_at(keys, positions, stream))
+    return jax.vmap(jax.vmap(jax.random.uniform))(_at(keys, positions, stream, step))
 
 
-def _at(keys: Key, positions, stream: int):
+def _at(keys: Key, positions, stream: int, step):
+    if step is not None:
+        keys = jax.vmap(jax.random.fold_in)(keys, step)
     fold = lambda key, p: jax.random.fold_in(jax.random.fold_in(key, p), stream)  # noqa: E731
     return jax.vmap(jax.vmap(fold, (None, 0)))(keys, positions)

@@ -1,5 +1,41 @@
-"""Parts of a recipe: what to commit at a step."""
+"""Parts of a recipe: what to commit, what to revise, when a block is done, how wide to go."""
 
-from dllm_jax.policies.commit import CommitView, ConfidenceThreshold, EntropyBound, Quota
+from dllm_jax.policies.commit import (
+    Ancestral,
+    CommitView,
+    ConfidenceThreshold,
+    EntropyBound,
+    Factor,
+    FirstHitting,
+    Quota,
+    TimeGrid,
+)
+from dllm_jax.policies.finish import FinishView, NoEdits, StableAndConfident
+from dllm_jax.policies.revise import ReMDM, ReNoise, Replace, ReviseView, Revision
+from dllm_jax.policies.shaping import AnnealedTemperature, Guidance, SelfConditioning
+from dllm_jax.policies.width import Blocks, Pipeline, Sliding
 
-__all__ = ["CommitView", "ConfidenceThreshold", "EntropyBound", "Quota"]
+__all__ = [
+    "Ancestral",
+    "AnnealedTemperature",
+    "Blocks",
+    "CommitView",
+    "ConfidenceThreshold",
+    "EntropyBound",
+    "Factor",
+    "FinishView",
+    "FirstHitting",
+    "Guidance",
+    "NoEdits",
+    "Pipeline",
+    "Quota",
+    "ReMDM",
+    "ReNoise",
+    "Replace",
+    "ReviseView",
+    "Revision",
+    "SelfConditioning",
+    "Sliding",
+    "StableAndConfident",
+    "TimeGrid",
+]

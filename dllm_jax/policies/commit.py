@@ -1,8 +1,9 @@
-"""Which masked positions of a canvas to write at a denoising step.
+"""Which positions of a block to write at a denoising step.
 
-A policy is any pytree with a method `commit(view) -> bool[B, T]`; there is no base class. The loop
-writes the canvas's first position at every step, as the causal mode would, and asks the policy
-about the masked ones behind it: one that picks none of them decodes a token at a time.
+A policy is any pytree with a method `commit(view) -> bool[B, T]`; there is no base class. What it
+picks outside `view.masked` is ignored. Where it picks nothing at all, the loop writes the most
+confident position, so every step makes progress (recipes whose published schedule has idle steps
+say so with `progress=False`).
 """
 
 import dataclasses
@@ -21,21 +22,135 @@ class CommitView(NamedTuple):
     tokens: jax.Array  # int32[B, T]: the token that would be written
     confidence: jax.Array  # float32[B, T]: its probability among `probs`
     masked: jax.Array  # bool[B, T]: positions that may be written
+    step: jax.Array  # int32[B]: steps that the block has had before this one
+    opened: jax.Array  # int32[B]: positions that were to be written when the block was opened
+    uniform: jax.Array | None = None  # float32[B, T] in [0, 1), new at each step; None: no key
+
+    def rank(self, by: str) -> jax.Array:
+        """float32[B, T]: larger is written earlier; -inf outside `masked`.
+
+        Args:
+          by: confidence, margin (of the two best), entropy (low first), position (left first) or
+            random.
+        """
+        if by == "confidence":
+            score = self.confidence
+        elif by == "margin":
+            best = jax.lax.top_k(self.probs, 2)[0]
+            score = best[..., 0] - best[..., 1]
+        elif by == "entropy":
+            score = -entropy(self.probs)
+        elif by == "position":
+            score = -jnp.broadcast_to(jnp.arange(self.masked.shape[1], dtype=jnp.float32),
+                                      self.masked.shape)  # fmt: skip
+        elif by == "random":
+            if self.uniform is None:
+                raise ValueError("a random order needs a key: generate(..., key=jax.random.key(0))")
+            score = self.uniform
+        else:
+            raise ValueError(
+                f"rank={by!r} is none of confidence, margin, entropy, position, random"
+            )
+        return jnp.where(self.masked, score, -jnp.inf)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ConfidenceThreshold:
-    """Every position whose token has a probability over the threshold (Fast-dLLM, section 3.3)."""
+def entropy(probs: jax.Array) -> jax.Array:
+    """Entropy in nats of distributions [..., V], float32."""
+    logs = jnp.log(jnp.maximum(probs, jnp.finfo(jnp.float32).tiny))
+    return -(probs * logs).sum(axis=-1)
 
-    threshold: Number = 0.9
+
+def best(scores: jax.Array, count: jax.Array) -> jax.Array:
+    """The `count` [B] largest of `scores` [B, T], bool; the leftmost of equals, never a -inf."""
+    order = jnp.argsort(-scores, axis=-1, stable=True)
+    place = jnp.argsort(order, axis=-1, stable=True)
+    return (place < jnp.asarray(count)[..., None]) & (scores > -jnp.inf)
+
+
+def part(cls):
+    """A frozen dataclass whose fields are traced, but for those made with `static`."""
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+
+def static(default):
+    """A field that is part of the program, not of its arguments."""
+    return dataclasses.field(default=default, metadata={"static": True})
+
+
+@part
+class Quota:
+    """The same number of positions at each of `steps` steps, the remainder in the first ones.
+
+    LLaDA's schedule (`get_num_transfer_tokens`): low-confidence remasking with rank "confidence",
+    random remasking with "random". `per="masked"` shares out the positions that the block had to
+    write (LLaDA); `per="block"` the block's size, whatever the prompt fills of it (SDAR's static
+    and, with rank "position", sequential order).
+    """
+
+    steps: Number = 32
+    rank: str = static("confidence")
+    per: str = static("masked")
+
+    def __post_init__(self):
+        if self.per not in ("masked", "block"):
+            raise ValueError(f"per={self.per!r} is neither masked nor block")
+
+    def count(self, view: CommitView) -> jax.Array:
+        """int32[B]: positions to write at this step."""
+        size = view.masked.shape[1]
+        total = view.opened if self.per == "masked" else jnp.full_like(view.opened, size)
+        steps = jnp.asarray(self.steps, jnp.int32)
+        return jnp.where(
+            view.step < steps, total // steps + (view.step < total % steps), size
+        ).astype(jnp.int32)
 
     def commit(self, view: CommitView) -> jax.Array:
-        return view.masked & (view.confidence > self.threshold)
+        return best(view.rank(self.rank), self.count(view))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@part
+class ConfidenceThreshold:
+    """Every position whose token has a probability over the threshold (Fast-dLLM, section 3.3).
+
+    With a quota, at least that many: where too few are over the threshold, the most confident
+    (SDAR's dynamic order, LLaDA2.0).
+    """
+
+    threshold: Number = 0.9
+    quota: Quota | None = None
+
+    def commit(self, view: CommitView) -> jax.Array:
+        over = view.masked & (view.confidence > self.threshold)
+        if self.quota is None:
+            return over
+        count = self.quota.count(view)
+        enough = over.sum(axis=-1) >= count
+        return jnp.where(enough[:, None], over, best(view.rank(self.quota.rank), count))
+
+
+@part
+class Factor:
+    """As many as a bound that tightens with their number allows (Fast-dLLM, theorem 1).
+
+    The n-th most confident of N positions needs a confidence of 1 - factor / (n + 1), the first
+    none; the longest run that meets it is written. As in the published code, a run that only the
+    last of the N positions would break is written whole.
+    """
+
+    factor: Number = 1.0
+
+    def commit(self, view: CommitView) -> jax.Array:
+        scores = view.rank("confidence")
+        size = scores.shape[1]
+        total = view.masked.sum(axis=-1)
+        ranked = -jnp.sort(-scores, axis=-1)
+        place = jnp.arange(size)
+        meets = (ranked >= 1 - self.factor / (place + 2)) | (place == 0)
+        run = jnp.cumprod(meets, axis=-1).sum(axis=-1)
+        return best(scores, jnp.where(run >= total - 1, total, run))
+
+
+@part
 class EntropyBound:
     """The largest set of low entropy whose joint error is bounded (EB-sampler, 2505.24857).
 
@@ -46,23 +161,65 @@ class EntropyBound:
     bound: Number = 0.1
 
     def commit(self, view: CommitView) -> jax.Array:
-        logs = jnp.log(jnp.maximum(view.probs, jnp.finfo(jnp.float32).tiny))
-        entropy = jnp.where(view.masked, -(view.probs * logs).sum(axis=-1), jnp.inf)
-        order = jnp.argsort(entropy, axis=-1)
-        ranked = jnp.take_along_axis(entropy, order, axis=-1)
-        taken = jnp.cumsum(ranked, axis=-1) - ranked <= self.bound
-        rank = jnp.argsort(order, axis=-1)
-        return view.masked & jnp.take_along_axis(taken, rank, axis=-1)
+        ranked = -jnp.sort(-view.rank("entropy"), axis=-1)  # minus entropies, the lowest first
+        spent = jnp.cumsum(jnp.where(ranked > -jnp.inf, -ranked, jnp.inf), axis=-1)
+        taken = (spent + ranked <= self.bound) & (ranked > -jnp.inf)
+        return best(view.rank("entropy"), taken.sum(axis=-1))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Quota:
-    """The `count` most confident positions (LLaDA's low-confidence remasking)."""
+@part
+class TimeGrid:
+    """Dream's schedule: of m masked positions, int(m * (1 - s / t)) as time falls from t to s.
 
-    count: Number = 1
+    Time runs from 1 to `eps` in `steps` equal steps; the last one writes all. The order is by
+    confidence (maskgit_plus), margin (topk_margin) or entropy. A step may write nothing.
+    """
+
+    steps: Number = 32
+    eps: Number = 1e-3
+    rank: str = static("entropy")
 
     def commit(self, view: CommitView) -> jax.Array:
-        confidence = jnp.where(view.masked, view.confidence, -jnp.inf)
-        rank = jnp.argsort(jnp.argsort(-confidence, axis=-1), axis=-1)
-        return view.masked & (rank < self.count)
+        t, s = grid(view.step, self.steps, self.eps), grid(view.step + 1, self.steps, self.eps)
+        left = view.masked.sum(axis=-1)
+        count = (left.astype(jnp.float32) * (1 - s / t)).astype(jnp.int32)
+        last = view.step >= jnp.asarray(self.steps) - 1
+        return best(view.rank(self.rank), jnp.where(last, left, count))
+
+
+def grid(step: jax.Array, steps: Number, eps: Number) -> jax.Array:
+    """Diffusion time before step `step` of `steps`, from 1 down to `eps`, float32.
+
+    Counted from the nearer end, as `linspace` does.
+    """
+    steps = jnp.asarray(steps, jnp.int32)
+    eps = jnp.asarray(eps, jnp.float32)
+    width = (eps - 1) / steps.astype(jnp.float32)
+    up, down = step.astype(jnp.float32), (steps - step).astype(jnp.float32)
+    return jnp.where(step < (steps + 1) // 2, 1 + width * up, eps - width * down)
+
+
+@part
+class Ancestral:
+    """Each masked position with probability 1 - s / t as time falls from t to s (D3PM, MDLM).
+
+    BD3-LM's ddpm sampler, and Dream's `origin`. The last step writes all; a step may write nothing.
+    """
+
+    steps: Number = 32
+    eps: Number = 0.0
+
+    def commit(self, view: CommitView) -> jax.Array:
+        t, s = grid(view.step, self.steps, self.eps), grid(view.step + 1, self.steps, self.eps)
+        stays = jnp.where(view.step >= jnp.asarray(self.steps) - 1, 0.0, s / t)
+        return view.masked & (view.rank("random") >= stays[:, None])
+
+
+@part
+class FirstHitting:
+    """One masked position a step, uniformly at random: the exact law of the ancestral sampler's
+    changes, without its idle steps (Zheng et al., 2409.02908; BD3-LM's default).
+    """
+
+    def commit(self, view: CommitView) -> jax.Array:
+        return best(view.rank("random"), jnp.ones(view.masked.shape[0], jnp.int32))

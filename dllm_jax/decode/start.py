@@ -1,0 +1,117 @@
+"""The state before the first pass: where each row's canvas lies, and its noise."""
+
+import jax
+import jax.numpy as jnp
+
+from dllm_jax.cache import KVCache
+from dllm_jax.decode import passes
+from dllm_jax.decode.prompt import Prompt
+from dllm_jax.decode.state import RUNNING, DecodeState
+from dllm_jax.ops.sampling import uniform
+from dllm_jax.policies import ReNoise, Sliding
+from dllm_jax.recipes import Denoise, Recipe, Verified
+
+_FIRST_NOISE = 5  # stream of noise
+
+
+def initial(model, prompt: Prompt, recipe: Recipe, budget, keys, size: int) -> DecodeState:
+    """The batch with its canvas open and its cache empty.
+
+    Args:
+      budget: int32[], the most new tokens; nothing when filling in.
+      size: positions of the buffers that prompt and budget need; the recipe's blocks may add some.
+    """
+    config = model.config
+    batch, width = prompt.tokens.shape
+    limit = prompt.lengths + budget
+    first = prompt.lengths
+    if prompt.free is not None:
+        first = jnp.where(prompt.free, jnp.arange(width), width).min(axis=1)
+    start, end, chunk = _canvas(recipe, first, limit)
+    length = size + chunk
+    index = jnp.arange(length)
+    within = lambda lo, hi: (index >= lo[:, None]) & (index < hi[:, None])  # noqa: E731
+    free = within(limit if prompt.free is not None else first, end)
+    if prompt.free is not None:
+        free = free.at[:, :width].set(free[:, :width] | prompt.free)
+    mask_id = config.pad_id if config.mask_id is None else config.mask_id
+    noise = jnp.full((batch, length), mask_id, jnp.int32)
+    if isinstance(recipe, Denoise) and isinstance(recipe.revise, ReNoise) and keys is not None:
+        at = jnp.broadcast_to(index, (batch, length))
+        noise = (uniform(keys, at, _FIRST_NOISE) * config.vocab_size).astype(jnp.int32)
+        noise = jnp.minimum(noise, config.vocab_size - 1)
+    given = jnp.pad(prompt.tokens, ((0, 0), (0, length - width))).astype(jnp.int32)
+    tokens = jnp.where(index < prompt.lengths[:, None], given, config.pad_id)
+    if isinstance(recipe, Denoise):
+        seen = free
+        if isinstance(recipe.width, Sliding):  # its canvas reaches behind the last position
+            seen = free | within(end, end + recipe.width.size)
+        tokens = jnp.where(seen, noise, tokens)
+    rows = batch
+    parts: dict = {}
+    if isinstance(recipe, Denoise):
+        rows = batch * (1 if recipe.guidance is None else 2)
+        block = recipe.width.size
+        exact = recipe.cache not in ("none", "prefix", "dual")
+        if recipe.carry is not None:
+            parts["carry"] = jnp.zeros((rows, block, config.dim), config.dtype)
+        if recipe.finish is not None:
+            parts["previous"] = jnp.full((batch, block), -1, jnp.int32)
+        if exact and passes.shifted(model) and config.attention != "causal":
+            parts["last"] = jnp.zeros((rows, 1, config.dim), config.dtype)
+        slots = 0 if recipe.cache == "none" else length
+        if exact:
+            slots = length + passes.capacity(recipe) * block
+        reach = jnp.minimum(start + block, end)
+    else:
+        slots, reach = length, end
+        parts["drafts"] = jnp.zeros((batch, recipe.width), jnp.int32)
+        sampled = 0 if keys is None else config.vocab_size
+        parts["draft_probs"] = jnp.zeros((batch, recipe.width, sampled), jnp.float32)
+    cache = model.cache(rows, slots) if slots else KVCache((), jnp.zeros(rows, jnp.int32))
+    zeros = jnp.zeros(batch, jnp.int32)
+    empty = {
+        "carry": jnp.zeros((0, 0, 0)),
+        "previous": jnp.zeros((batch, 0), jnp.int32),
+        "last": jnp.zeros((0, 1, 0)),
+        "forced": jnp.zeros((batch, 0), jnp.int32),
+        "drafts": jnp.zeros((batch, 0), jnp.int32),
+        "draft_probs": jnp.zeros((batch, 0, 0), jnp.float32),
+    }
+    return DecodeState(
+        tokens=tokens,
+        free=free,
+        open=free,
+        logprobs=jnp.zeros((batch, length), jnp.float32),
+        prompt=first,
+        written=first,
+        limit=limit,
+        end=end,
+        start=start,
+        reach=reach,
+        step=zeros,
+        full_steps=zeros,
+        opened=(free & within(start, reach)).sum(axis=1).astype(jnp.int32),
+        blocks=zeros,
+        stale=jnp.ones(batch, bool),
+        cache=cache,
+        stop=jnp.full(batch, RUNNING, jnp.int32),
+        nfe=zeros,
+        queries=zeros,
+        mask_id=mask_id,
+        pad_id=config.pad_id,
+        **{**empty, **parts},
+    )
+
+
+def _canvas(recipe: Recipe, first, limit) -> tuple[jax.Array, jax.Array, int]:
+    """Where a row's blocks begin and end, int32[B] each, and positions that the end may add."""
+    if isinstance(recipe, Verified):
+        return first, limit, recipe.width + 1
+    size = recipe.width.size
+    if recipe.cache in ("none", "prefix", "dual"):
+        return first, limit, 0
+    if isinstance(recipe.width, Sliding):
+        return first, limit, 2 * size
+    start = first // size * size if recipe.aligned else first
+    return start, start + -(-(limit - start) // size) * size, size
