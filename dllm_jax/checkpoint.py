@@ -3,18 +3,17 @@
     model, params = load("smollm2-135m-instruct")
     save("runs/mine", model, params, tokenizer)
     model, params = load("runs/mine", dtype="bfloat16", mesh=make_mesh(fsdp=8, data=1))
+    export("for/others", model, params, tokenizer)
 
 A folder of ours stands alone: `params/` (Orbax), `config.json`, and the tokenizer's files. It is
 restored straight into the sharding and dtype that are asked for.
 """
 
-import contextlib
 import dataclasses
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +28,18 @@ from orbax.checkpoint import v1 as ocp
 from dllm_jax import sources
 from dllm_jax.models import weights
 from dllm_jax.models.adapters import read_adapter, save_adapter
+from dllm_jax.models.export import write_published, write_tokenizer
+from dllm_jax.models.folders import check_tree, facts_of, read_facts, whole
+from dllm_jax.models.peft import is_peft, with_peft
 from dllm_jax.models.tensors import leaves
-from dllm_jax.nn.adapters import AdapterConfig
-from dllm_jax.nn.transformer import Transformer, TransformerConfig
+from dllm_jax.nn.transformer import TransformerConfig
 from dllm_jax.nn.tree import param_axes, param_shapes
 from dllm_jax.sharding import FSDP_TENSOR, Rules, shardings
 from dllm_jax.sources import Damaged
 from dllm_jax.tokenizer import Tokenizer
 from dllm_jax.typing import Params
 
-__all__ = ["convert", "load", "load_adapter", "read_config", "save", "save_adapter"]
+__all__ = ["convert", "export", "load", "load_adapter", "read_config", "save", "save_adapter"]
 
 PathLike = str | os.PathLike[str]
 
@@ -52,8 +53,8 @@ def load(
     mesh: Mesh | None = None,
     rules: Rules | None = None,
     adapter: PathLike | None = "auto",
-) -> tuple[Transformer, Params]:
-    """A model and its parameters.
+) -> tuple[Any, Params]:
+    """A model (a `Transformer`, or the module of another architecture) and its parameters.
 
     A named model or GGUF file is converted into the user's cache on the first load (see
     `sources.cache_entry`) and restored from there afterwards.
@@ -67,7 +68,8 @@ def load(
         device.
       rules: how they lie on the mesh; `sharding.FSDP_TENSOR` by default.
       adapter: "auto" attaches the adapter that ships for a named model, or that is part of a folder
-        of ours; None attaches none; a path attaches the adapter in that folder.
+        of ours; None attaches none; a path attaches the adapter in that folder. An adapter of PEFT
+        (adapter_config.json) is merged into the weights of a published folder instead.
 
     Raises:
       FileNotFoundError: no such model, or a file of it is missing.
@@ -75,10 +77,18 @@ def load(
     """
     found, name = sources.resolve(source), _dtype_name(dtype)
     place = _Placement(mesh, rules)
+    peft = adapter if adapter and adapter != "auto" and is_peft(adapter) else None
+    if peft and found.kind != "published":
+        raise ValueError(
+            f"{adapter} is an adapter of PEFT, which is merged into a published folder as it is"
+            f" read; {found.path} is none. Load the folder it was made for, then save the result"
+        )
     if found.kind == "gguf":
         config, params = _load_gguf(found, name, place)
     elif found.kind == "published":
         opened = weights.open_folder(found.path)
+        if peft:
+            opened, adapter = with_peft(opened, peft), None
         config, params = _load_weights(opened, name, place)
     else:
         config, params = _load_folder(found.path, name, place, keep_adapter=adapter == "auto")
@@ -93,7 +103,7 @@ def load(
 
 def save(
     folder: PathLike,
-    model: Transformer,
+    model: Any,
     params: Params,
     tokenizer: Tokenizer | None = None,
     *,
@@ -105,8 +115,40 @@ def save(
       FileExistsError: the folder is there and `overwrite` is False.
       ValueError: the parameters are not those of `model`.
     """
-    _check_tree(params, model.config, "the parameters given to save")
+    check_tree(params, model.config, "the parameters given to save")
     _write(sources.absolute(folder), model.config, params, tokenizer, overwrite)
+
+
+def export(
+    folder: PathLike,
+    model: Any,
+    params: Params,
+    tokenizer: Tokenizer | None = None,
+    *,
+    max_shard_bytes: int = 5 << 30,
+) -> None:
+    """Writes a model as its authors publish theirs, for other tools and for `load`.
+
+    There are config.json, generation_config.json, the weights (model.safetensors, or shards and
+    their index) and the tokenizer's files; nothing is there until all of it is. Modelling code that
+    some publish beside the weights is not: copy it, and its `auto_map`, from their folder.
+
+    Raises:
+      FileExistsError: the folder is there.
+      ValueError: the model has an adapter, is something that its family's config.json cannot say,
+        or is spread over several hosts; or the parameters are not those of `model`.
+    """
+    path = sources.absolute(folder)
+    if jax.process_count() > 1 or "://" in str(path):
+        raise ValueError(
+            f"export writes a local folder from one host, not {path} from {jax.process_count()};"
+            " save the model, and export what load gives elsewhere"
+        )
+    check_tree(params, model.config, "the parameters given to export")
+    with whole(path, overwrite=False) as target:
+        write_published(target, model.config, params, max_shard_bytes=max_shard_bytes)
+        if tokenizer is not None:
+            write_tokenizer(target, tokenizer)
 
 
 def convert(source: PathLike, folder: PathLike, dtype: str | np.dtype | type | None = None) -> None:
@@ -151,16 +193,16 @@ def load_adapter(
     return config, jax.tree.map(_put, arrays, homes)
 
 
-def read_config(found: sources.Source) -> TransformerConfig:
+def read_config(found: sources.Source) -> Any:
     """The architecture of a model that `sources.resolve` found, without its weights."""
     if found.kind == "gguf":
         converted = sources.cache_entry(found.path)
         if (converted / "config.json").exists():  # parsing a GGUF file's vocabulary takes seconds
-            return _read_facts(converted).config
+            return read_facts(converted).config
         return weights.open_gguf(sources.open_gguf(found.path), str(found.path)).config
     if found.kind == "published":
         return weights.open_folder(found.path).config
-    return _read_facts(found.path).config
+    return read_facts(found.path).config
 
 
 # Placing
@@ -174,7 +216,7 @@ class _Placement:
     rules: Rules | None = None
     host: bool = False
 
-    def shardings(self, config: TransformerConfig) -> Params:
+    def shardings(self, config: Any) -> Params:
         """The parameter tree of shardings."""
         mesh = jax.sharding.get_mesh() if self.mesh is None else self.mesh
         shapes = param_shapes(config)
@@ -183,7 +225,7 @@ class _Placement:
             return jax.tree.map(lambda _: single, shapes)
         return shardings(param_axes(config), mesh, self.rules or FSDP_TENSOR, shapes=shapes)
 
-    def targets(self, config: TransformerConfig, dtypes: Any) -> Any:
+    def targets(self, config: Any, dtypes: Any) -> Any:
         """The tree of what Orbax is to restore."""
         shapes = param_shapes(config)
         if self.host:
@@ -218,7 +260,7 @@ def _dtype_name(dtype: Any) -> str | None:
 
 def _load_weights(
     opened: weights.Weights, dtype: str | None, place: _Placement
-) -> tuple[TransformerConfig, Params]:
+) -> tuple[Any, Params]:
     dtype = dtype or opened.config.param_dtype
     config = dataclasses.replace(opened.config, dtype=dtype, param_dtype=dtype)
     if place.host:
@@ -227,9 +269,7 @@ def _load_weights(
     return config, weights.assemble(opened, dtype, lambda path, array: _put(array, homes[path]))
 
 
-def _load_gguf(
-    found: sources.Source, dtype: str | None, place: _Placement
-) -> tuple[TransformerConfig, Params]:
+def _load_gguf(found: sources.Source, dtype: str | None, place: _Placement) -> tuple[Any, Params]:
     """From the cache, or from the file where the cache has no good copy, which it then gets."""
     entry = sources.cache_entry(found.path)
     alone = jax.process_count() == 1  # the hosts of a pod do not share a cache folder
@@ -271,8 +311,8 @@ def _gguf_tokenizer(reader: gguf.GGUFReader) -> Tokenizer | None:
 
 def _load_folder(
     folder: epath.Path, dtype: str | None, place: _Placement, keep_adapter: bool = True
-) -> tuple[TransformerConfig, Params]:
-    facts = _read_facts(folder)
+) -> tuple[Any, Params]:
+    facts = read_facts(folder)
     config = facts.config
     for name, size in facts.files.items():
         file = folder / name
@@ -290,16 +330,17 @@ def _load_folder(
         raise _unreadable(folder, error) from error
     if stored is None:
         raise _unreadable(folder, "no metadata")
-    _check_tree(stored, config, f"{folder}")
-    drop = config.adapter is not None and not keep_adapter
+    check_tree(stored, config, f"{folder}")
+    drop = getattr(config, "adapter", None) is not None and not keep_adapter
     if drop:
         own = config.mask_id is not None and config.mask_id >= config.vocab_size
         mask_id = None if own else config.mask_id  # a mask of the adapter's goes with it
         config = dataclasses.replace(config, adapter=None, mask_id=mask_id)
         stored = {key: value for key, value in stored.items() if key != "adapter"}
-    dtypes = jax.tree.map(lambda leaf: dtype or leaf.dtype, stored)
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
+    asked: Any = stored if dtype is None else param_shapes(config)
+    dtypes = jax.tree.map(lambda leaf: leaf.dtype, asked)
     targets = place.targets(config, dtypes)
     context = ocp.Context()
     context.pytree.loading.partial_load = drop
@@ -323,12 +364,12 @@ def _unreadable(folder: epath.Path, error: object) -> Damaged:
 
 def _write(
     folder: epath.Path,
-    config: TransformerConfig,
+    config: Any,
     params: Any,
     tokenizer: Tokenizer | None,
     overwrite: bool,
 ) -> None:
-    with _whole(folder, overwrite) as target:
+    with whole(folder, overwrite) as target:
         context = ocp.Context()
         # Weights hardly shrink, and reading them back takes three times as long. Chunks bound what
         # a device reads beyond its own shard, in bytes.
@@ -339,88 +380,5 @@ def _write(
         if jax.process_index() == 0:
             if tokenizer is not None:
                 tokenizer.save(target)
-            files = {
-                str(file.relative_to(target)): file.stat().length
-                for file in _files(target / "params")
-            }
-            facts = {
-                "format": sources.FORMAT,
-                "version": sources.VERSION,
-                "config": dataclasses.asdict(config),
-                "files": files,
-            }
-            (target / "config.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-
-
-def _files(folder: epath.Path) -> Iterator[epath.Path]:
-    for entry in sorted(folder.iterdir()):
-        if entry.is_dir():
-            yield from _files(entry)
-        else:
-            yield entry
-
-
-@contextlib.contextmanager
-def _whole(folder: epath.Path, overwrite: bool) -> Iterator[epath.Path]:
-    """A folder to write in that takes its name when all is written.
-
-    Object stores rename nothing: there the folder is written in place, and config.json, which comes
-    last, says that it is whole.
-    """
-    taken = FileExistsError(f"{folder} exists; choose another folder, or give overwrite=True")
-    if not overwrite and folder.exists() and any(folder.iterdir()):
-        raise taken
-    if "://" in str(folder):
-        yield folder
-        return
-    mark = os.getpid() if jax.process_count() == 1 else "pod"
-    new, old = (folder.parent / f".{folder.name}.{mark}.{word}" for word in ("new", "old"))
-    first = jax.process_index() == 0
-    try:
-        if first:
-            shutil.rmtree(new, ignore_errors=True)
-            new.mkdir(parents=True)
-        yield new
-        if first:
-            if overwrite and folder.exists():
-                folder.rename(old)
-            try:
-                new.rename(folder)
-            except OSError as error:  # another process was faster
-                raise taken from error
-            shutil.rmtree(old, ignore_errors=True)
-    finally:
-        if first:
-            shutil.rmtree(new, ignore_errors=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Facts:
-    config: TransformerConfig
-    files: dict[str, int]  # of params/: bytes by name
-
-
-def _read_facts(folder: epath.Path) -> _Facts:
-    file = folder / "config.json"
-    facts = sources.read_json(file)
-    sources.check_format(facts, sources.FORMAT, file)
-    fields = dict(facts.get("config", {}))
-    if fields.get("adapter"):
-        fields["adapter"] = sources.build(AdapterConfig, fields["adapter"], file)
-    fields["eos_ids"] = tuple(fields.get("eos_ids", ()))
-    return _Facts(sources.build(TransformerConfig, fields, file), facts.get("files", {}))
-
-
-def _check_tree(tree: Any, config: TransformerConfig, where: str) -> None:
-    """Names and shapes against the config's; one error for the first difference."""
-    wanted = {path: leaf.shape for path, leaf in leaves(param_shapes(config))}
-    given = {path: tuple(leaf.shape) for path, leaf in leaves(tree)}
-    for path in sorted(wanted.keys() - given.keys()):
-        raise Damaged(f"{where}: tensor {path!r} is missing; its config asks for it")
-    for path in sorted(given.keys() - wanted.keys()):
-        raise Damaged(f"{where}: tensor {path!r} is not part of the model its config describes")
-    for path, shape in wanted.items():
-        if given[path] != shape:
-            raise Damaged(
-                f"{where}: tensor {path!r} has shape {given[path]}, but the config says {shape}"
-            )
+            facts = json.dumps(facts_of(target, config), indent=1)
+            (target / "config.json").write_text(facts, encoding="utf-8")

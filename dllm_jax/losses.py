@@ -11,7 +11,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dllm_jax.cache import KVCache
 from dllm_jax.corruption import MaskedBlocks
@@ -90,3 +90,27 @@ def cross_entropy(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Fl
     logits = logits.astype(jnp.float32)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+def subs_loss(
+    logits: Float[Array, "B L V"],
+    targets: Int[Array, "B L"],
+    masked: Bool[Array, "B L"],
+    t: Float[Array, "B L"],
+    mask_id: int,
+) -> Float[Array, ""]:
+    """The bound of masked diffusion under the linear schedule, in nats per token.
+
+        sum(CE * masked / t) / (B * L)
+
+    (Sahoo et al. 2024, arXiv 2406.07524, equation 11; by blocks: Arriola et al. 2025, arXiv
+    2503.09573, equation 8). The mask token is never predicted, and written tokens count nothing.
+
+    Args:
+      logits: where the noisy text was read.
+      targets: the clean text.
+      masked: where the noisy text has masks.
+      t: the probability, in (0, 1], with which each position was masked: its block's time.
+    """
+    barred = jnp.where(jnp.arange(logits.shape[-1]) == mask_id, -jnp.inf, logits)
+    return jnp.where(masked, cross_entropy(barred, targets) / t, 0.0).sum() / targets.size

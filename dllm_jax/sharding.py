@@ -30,6 +30,7 @@ class Rules:
     kv_heads: Axis = None
     head_dim: Axis = None
     ffn: Axis = None
+    expert: Axis = None
     layers: Axis = None
 
 

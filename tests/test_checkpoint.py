@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from dllm_jax import sources
 from dllm_jax.checkpoint import convert, load, load_adapter, save, save_adapter
 from dllm_jax.models import weights
+from dllm_jax.models.export import published_tensors
 from dllm_jax.nn.adapters import AdapterConfig
 from dllm_jax.nn.transformer import Transformer, TransformerConfig
 from dllm_jax.nn.tree import param_axes, param_shapes
@@ -171,7 +172,7 @@ def write_published(folder: Path) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(fields))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 5]}))
-    tensors = weights.published(TINY, random_params(TINY), "llama")
+    tensors = published_tensors(TINY, random_params(TINY))
     save_file(tensors, folder / "model.safetensors")
     return folder
 

@@ -1,7 +1,6 @@
 """Architectures as data: configs and name maps, against the published code's answers."""
 
 import json
-import shutil
 from pathlib import Path
 
 import gguf
@@ -14,7 +13,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from dllm_jax.checkpoint import load
-from dllm_jax.models import llada, llama, registry, weights
+from dllm_jax.models import llada, llama, registry
+from dllm_jax.models.export import published_config, published_tensors
 from dllm_jax.models.tensors import TensorMap, leaves
 from dllm_jax.nn.transformer import TransformerConfig
 from dllm_jax.nn.tree import param_shapes
@@ -47,11 +47,58 @@ LLADA = {
     "eos_token_id": 3,
     "mask_token_id": 39,
 }
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+LLADA_MOE = {
+    "model_type": "llada",
+    "architectures": ["LLaDAMoEModelLM"],
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "dense_intermediate_size": 24,
+    "expert_intermediate_size": 8,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "eos_token_id": 3,
+}
+LLADA2 = {
+    **LLAMA,
+    **EXPERTS,
+    "model_type": "llada2_moe",
+    "num_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+}
 FAMILIES = {
     "llama": LLAMA,
     "llama tied": {**LLAMA, "tie_word_embeddings": True},
     "qwen2": {**LLAMA, "model_type": "qwen2"},
     "qwen3": {**LLAMA, "model_type": "qwen3", "attention_bias": False},
+    "qwen3 moe": {**LLAMA, "model_type": "qwen3_moe", **EXPERTS},
+    "dream": {**LLAMA, "model_type": "Dream", "mask_token_id": 39},
+    "fast_dllm_v2": {**LLAMA, "model_type": "Fast_dLLM_Qwen", "bd_size": 8},
+    "sdar": {**LLAMA, "model_type": "sdar", "block_size": 16},
+    "sdar moe": {**LLAMA, "model_type": "sdar_moe", **EXPERTS, "norm_topk_prob": True},
+    "llada moe": LLADA_MOE,
+    "llada moe, all of it": {
+        **LLADA_MOE,
+        "moe_layer_freq": [0, 0, 1],
+        "shared_expert_intermediate_size": 12,
+        "moe_router_enable_expert_bias": True,
+        "partial_rotary_factor": 0.5,
+        "tie_word_embeddings": True,
+    },
+    "llada2": LLADA2,
+    "llada2, bare": {
+        **LLADA2,
+        "first_k_dense_replace": 0,
+        "num_shared_experts": None,
+        "num_experts_per_tok": 1,
+        "tie_word_embeddings": True,
+        "block_size": 8,
+    },
     "llada": LLADA,
     "llada with biases": {**LLADA, "include_qkv_bias": True, "weight_tying": True},
 }
@@ -59,7 +106,7 @@ each_family = pytest.mark.parametrize("fields", FAMILIES.values(), ids=FAMILIES)
 
 
 def config_of(fields: dict) -> TransformerConfig:
-    return registry.family(fields["model_type"]).config_from_published(fields)
+    return registry.family(fields).config_from_published(fields)
 
 
 def random_params(config: TransformerConfig, seed: int = 0) -> dict:
@@ -86,9 +133,10 @@ def assert_same(a, b):
 @each_family
 def test_maps_cover_the_tree_once(fields: dict):
     config = config_of(fields)
-    maps = registry.family(fields["model_type"]).tensor_maps(config)
-    assert sorted(row.path for row in maps) == sorted(p for p, _ in leaves(param_shapes(config)))
-    names = [name for row in maps for name in row.names(config)]
+    maps = registry.family(fields).tensor_maps(config)
+    paths = sorted(path for row in maps for path in row.paths)
+    assert paths == sorted(path for path, _ in leaves(param_shapes(config)))
+    names = [name for row in maps for _, name in row.entries(config)]
     assert len(names) == len(set(names))
 
 
@@ -96,10 +144,17 @@ def test_maps_cover_the_tree_once(fields: dict):
 def test_published_and_back_is_the_same(fields: dict, tmp_path: Path):
     config = config_of(fields)
     params = random_params(config)
-    tensors = weights.published(config, params, fields["model_type"])
+    tensors = published_tensors(config, params)
     model, again = load(write_folder(tmp_path / "m", fields, tensors))
     assert model.config == config
     assert_same(params, again)
+    assert (
+        published_config(config).items()
+        >= {
+            "model_type": fields["model_type"],
+            "vocab_size": 40,
+        }.items()
+    )
 
 
 @given(data=st.data())
@@ -127,65 +182,7 @@ def test_projections_multiply_as_published():
     np.testing.assert_allclose(o, q.reshape(5, -1) @ weight)
 
 
-# The published code's logits on the published names
-
-
-@pytest.mark.parametrize(
-    ("folder", "model_type", "logits"),
-    [
-        ("llada", None, "logits"),
-        ("sdar", "qwen3", "logits_causal"),
-        ("fast_dllm_v2", "qwen2", "logits_causal"),
-    ],
-)
-def test_logits_match_the_published_code(
-    goldens: Path, tmp_path: Path, folder: str, model_type: str | None, logits: str
-):
-    fields = json.loads((goldens / folder / "config.json").read_text())
-    # SDAR has the body of Qwen3, Fast-dLLM v2 that of Qwen2.
-    (tmp_path / "config.json").write_text(
-        json.dumps({**fields, "model_type": model_type or fields["model_type"]})
-    )
-    shutil.copy(goldens / folder / "model.safetensors", tmp_path)
-    model, params = load(tmp_path)
-    tokens = jnp.asarray(np.load(goldens / folder / "inputs.npz")["tokens"], jnp.int32)
-    hidden = model.apply({"params": params}, tokens).hidden
-    got = model.apply({"params": params}, hidden, method="logits")
-    want = np.load(goldens / folder / "outputs.npz")[logits]
-    np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)
-
-
-def test_llada_golden_config(goldens: Path):
-    config = config_of(json.loads((goldens / "llada" / "config.json").read_text()))
-    assert (config.attention, config.alignment) == ("bidirectional", "same_position")
-    assert (config.mask_id, config.eos_ids, config.pad_id) == (256, (257,), 257)
-
-
 # Configs
-
-
-def test_llada_8b():
-    """The fields of GSAI-ML/LLaDA-8B-Instruct that matter."""
-    fields = {
-        "model_type": "llada",
-        "d_model": 4096,
-        "n_heads": 32,
-        "n_kv_heads": 32,
-        "n_layers": 32,
-        "mlp_hidden_size": 12288,
-        "vocab_size": 126464,
-        "embedding_size": 126464,
-        "max_sequence_length": 4096,
-        "rope_theta": 500000.0,
-        "weight_tying": False,
-        "eos_token_id": 126081,
-        "pad_token_id": 126081,
-    }
-    config = config_of(fields)
-    assert config.mask_id == 126336
-    assert config.eos_ids == (126081, 126348)
-    count = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(config)))
-    assert round(count / 1e9, 2) == 8.02
 
 
 def test_family_defaults():
@@ -204,10 +201,24 @@ def test_family_defaults():
         ({**LLAMA, "rope_scaling": {"rope_type": "llama3"}}, "RoPE scaling 'llama3'"),
         ({**LLAMA, "attention_bias": True}, "attention_bias=True; only False"),
         ({**LLAMA, "hidden_act": "gelu"}, "hidden_act='gelu'; only 'silu'"),
+        ({**FAMILIES["dream"], "use_mrope": True}, "use_mrope=True; only False"),
+        ({**FAMILIES["sdar moe"], "mlp_only_layers": [0]}, r"mlp_only_layers=\[0\]; only \[\]"),
+        ({**FAMILIES["sdar moe"], "decoder_sparse_step": 2}, "decoder_sparse_step=2; only 1"),
+        ({**FAMILIES["sdar moe"], "num_experts": None}, r"config\.json has no num_experts"),
+        ({**LLADA_MOE, "moe_layer_freq": [1, 0, 1]}, r"moe_layer_freq=\[1, 0, 1\]; dense layers"),
+        ({**LLADA_MOE, "moe_layer_freq": [0, 0, 0]}, "first_dense=3 leaves no layer for the exp"),
+        ({**LLADA_MOE, "moe_layer_freq": [1, 1]}, "one number for each of 3 layers"),
+        ({**LLADA_MOE, "clip_qkv": 8}, "clip_qkv=8; it is not supported"),
+        ({**LLADA_MOE, "routed_scaling_factor": 2}, "routed_scaling_factor=2; only 1"),
+        ({**LLADA2, "use_bias": True}, "use_bias=True; only False"),
+        ({**LLADA2, "n_group": 3}, "num_experts=4 must be a multiple of groups=3"),
         ({**LLAMA, "hidden_size": None}, r"config\.json has no hidden_size"),
         ({**LLADA, "alibi": True}, "alibi=True; LLaDA needs False"),
         ({**LLADA, "block_type": "sequential"}, "block_type='sequential'; LLaDA needs 'llama'"),
-        ({"model_type": "mamba"}, "'mamba', which is not known; known are llada, llama, qwen2"),
+        (
+            {"model_type": "mamba"},
+            "'mamba', which is not known; known are .*Dream, .*llada, .*llama",
+        ),
         ({}, "model_type=None, which is not known"),
     ],
 )
@@ -222,7 +233,7 @@ def test_what_is_not_built_says_so(tmp_path: Path, fields: dict, message: str):
 def test_shards_with_an_index(tmp_path: Path):
     config = config_of(LLAMA)
     params = random_params(config)
-    tensors = weights.published(config, params, "llama")
+    tensors = published_tensors(config, params)
     names, files = sorted(tensors), ("model-00001-of-00002", "model-00002-of-00002")
     halves = names[::2], names[1::2]
     for file, half in zip(files, halves, strict=True):
@@ -244,7 +255,7 @@ def test_shards_with_an_index(tmp_path: Path):
 def test_dtype_is_as_stored_unless_asked(tmp_path: Path, stored: str):
     config = config_of(LLAMA)
     params = random_params(config)
-    tensors = weights.published(config, params, "llama")
+    tensors = published_tensors(config, params)
     tensors = {name: value.astype(jnp.dtype(stored)) for name, value in tensors.items()}
     folder = write_folder(tmp_path, LLAMA, tensors)
     model, as_stored = load(folder)
@@ -258,7 +269,7 @@ def test_dtype_is_as_stored_unless_asked(tmp_path: Path, stored: str):
 def test_tensors_that_say_nothing_are_skipped(tmp_path: Path):
     tied = {**LLAMA, "tie_word_embeddings": True}
     config = config_of(tied)
-    tensors = weights.published(config, random_params(config), "llama")
+    tensors = published_tensors(config, random_params(config))
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
     assert "head" not in load(write_folder(tmp_path, tied, tensors))[1]
@@ -287,7 +298,7 @@ def spoil(tensors: dict[str, np.ndarray], how: str) -> None:
 )
 def test_tensors_that_do_not_fit(tmp_path: Path, how: str, message: str):
     config = config_of(LLAMA)
-    tensors = weights.published(config, random_params(config), "llama")
+    tensors = published_tensors(config, random_params(config))
     spoil(tensors, how)
     with pytest.raises(ValueError, match=message):
         load(write_folder(tmp_path, LLAMA, tensors))
@@ -295,7 +306,7 @@ def test_tensors_that_do_not_fit(tmp_path: Path, how: str, message: str):
 
 def test_damaged_folders(tmp_path: Path):
     config = config_of(LLAMA)
-    tensors = weights.published(config, random_params(config), "llama")
+    tensors = published_tensors(config, random_params(config))
     folder = write_folder(tmp_path, LLAMA, tensors)
     file = folder / "model.safetensors"
     whole = file.read_bytes()
@@ -343,7 +354,7 @@ def gguf_tensors(config: TransformerConfig, params: dict, kind: str) -> dict[str
         "model.layers": "blk",
     }
     tensors = {}
-    for name, tensor in weights.published(config, params, kind).items():
+    for name, tensor in published_tensors(config, params).items():
         if kind == "llama" and ("q_proj" in name or "k_proj" in name):
             heads = config.num_heads if "q_proj" in name else config.num_kv_heads
             tensor = np.ascontiguousarray(permuted(tensor, heads))

@@ -152,6 +152,10 @@ def _fits(recipe: Recipe, config, infilling: bool) -> None:
             )
         if isinstance(recipe, Verified):
             return
+    if renoise != (config.mask_id is None):
+        raise ValueError(
+            "uniform noise (ReNoise) is for models without a mask token, and they need it"
+        )
     canvas = recipe.cache in ("none", "prefix", "dual")
     if canvas and config.attention != "bidirectional":
         raise ValueError(
@@ -170,10 +174,6 @@ def _fits(recipe: Recipe, config, infilling: bool) -> None:
         raise ValueError('first="commit" needs an exact cache and a model with shifted outputs')
     if renoise and recipe.finish is None:
         raise ValueError("ReNoise needs a `finish`, such as StableAndConfident()")
-    if renoise != (config.mask_id is None):
-        raise ValueError(
-            "uniform noise (ReNoise) is for models without a mask token, and they need it"
-        )
     if recipe.guidance is not None and recipe.carry is not None:
         raise ValueError("guidance and self-conditioning do not go together")
 

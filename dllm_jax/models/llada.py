@@ -7,12 +7,13 @@ feed-forward's way down and `transformer.ff_out` the output head.
 from collections.abc import Mapping
 from typing import Any
 
-from dllm_jax.models.llama import eos_ids, needed
+from dllm_jax.models.published import eos_ids, needed, pad_id, special_ids
 from dllm_jax.models.tensors import TensorMap
 from dllm_jax.nn.transformer import TransformerConfig
 
 MASK_ID = 126336
-END_OF_TURN = 126348  # ends an answer of the Instruct models; their config.json names only 126081
+END_OF_TEXT = 126081
+END_OF_TURN = 126348  # ends an answer of the Instruct models too; their config.json does not say so
 
 # The config class carries OLMo's choices; these are the published models', all that is built here.
 _FIXED = {
@@ -28,6 +29,19 @@ _FIXED = {
     "input_emb_norm": False,
     "scale_logits": False,
     "block_group_size": 1,
+}
+# What the config class needs in words where its own default is another choice.
+_STATED = {
+    "mlp_ratio": 4,
+    "rope_full_precision": True,
+    "attention_layer_norm_with_affine": True,
+    "flash_attention": False,
+    "attention_dropout": 0.0,
+    "residual_dropout": 0.0,
+    "embedding_dropout": 0.0,
+    "multi_query_attention": None,
+    "init_device": "cpu",
+    "use_cache": False,
 }
 
 
@@ -45,10 +59,10 @@ def config_from_published(fields: Mapping[str, Any]) -> TransformerConfig:
     mask = fields.get("mask_token_id")
     eos = eos_ids(fields)
     vocab = fields.get("embedding_size") or needed(fields, "vocab_size")
-    if eos and vocab > END_OF_TURN:
+    if END_OF_TEXT in eos:
         eos = tuple(dict.fromkeys((*eos, END_OF_TURN)))
-    pad = fields.get("pad_token_id")
     return TransformerConfig(
+        family="llada",
         vocab_size=vocab,
         num_layers=needed(fields, "n_layers"),
         dim=dim,
@@ -65,8 +79,31 @@ def config_from_published(fields: Mapping[str, Any]) -> TransformerConfig:
         alignment="same_position",
         mask_id=MASK_ID if mask is None else mask,
         eos_ids=eos,
-        pad_id=pad if pad is not None else (eos[0] if eos else 0),
+        pad_id=pad_id(fields),
     )
+
+
+def config_to_published(config: TransformerConfig) -> dict[str, Any]:
+    """The inverse of `config_from_published`: a config.json that the authors' code reads."""
+    return {
+        "model_type": "llada",
+        "architectures": ["LLaDAModelLM"],
+        "vocab_size": config.vocab_size,
+        "embedding_size": config.vocab_size,
+        "n_layers": config.num_layers,
+        "d_model": config.dim,
+        "n_heads": config.num_heads,
+        "n_kv_heads": config.num_kv_heads,
+        "mlp_hidden_size": config.ffn_dim,
+        "max_sequence_length": config.max_length,
+        "rope_theta": config.rope_theta,
+        "rms_norm_eps": config.norm_eps,
+        "weight_tying": config.tied_head,
+        "include_qkv_bias": config.qkv_bias,
+        **_FIXED,
+        **_STATED,
+        **special_ids(config),
+    }
 
 
 def tensor_maps(config: TransformerConfig) -> tuple[TensorMap, ...]:

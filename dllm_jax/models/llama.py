@@ -1,90 +1,199 @@
-"""The Llama line: Llama, Qwen2 and Qwen3, as published folders and as GGUF files.
+"""The Llama line: Llama and the Qwens, and the diffusion models that have one of their bodies.
 
 RMSNorm, RoPE in the half-rotation form, grouped heads, SwiGLU. Qwen2 adds biases to q, k and v;
-Qwen3 norms each head's query and key.
+Qwen3 norms each head's query and key; Qwen3-MoE has experts. Dream (Ye et al. 2025) and Fast-dLLM
+v2 (Wu et al. 2025) are Qwen2 bodies, SDAR (Cheng et al. 2025) is a Qwen3 or Qwen3-MoE body. They
+differ in who sees whom, and in which output predicts which token.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from dllm_jax.models.published import (
+    eos_ids,
+    layer_maps,
+    needed,
+    pad_id,
+    refuse,
+    special_ids,
+    unscaled_rope,
+)
 from dllm_jax.models.tensors import TensorMap
 from dllm_jax.nn.transformer import TransformerConfig
+from dllm_jax.ops.moe import MoEConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What sets one model_type of the line apart from the others."""
+
+    architecture: str
+    bias: bool = False  # of q, k and v
+    qk_norm: bool = False
+    head_dim: int | None = None  # where config.json names none; None: hidden_size / heads
+    moe: bool = False
+    attention: str = "causal"
+    alignment: str = "shifted"
+    block_key: str | None = None  # the field of config.json that holds the block size
+    block_size: int = 1  # where it does not
+    mask_id: int | None = None  # where config.json names none
+
+
+_SDAR = Kind(
+    architecture="SDARForCausalLM",
+    qk_norm=True,
+    head_dim=128,
+    attention="block_causal",
+    alignment="same_position",
+    block_key="block_size",
+    block_size=4,
+    mask_id=151669,
+)
+KINDS = {
+    "llama": Kind(architecture="LlamaForCausalLM"),
+    "qwen2": Kind(architecture="Qwen2ForCausalLM", bias=True),
+    "qwen3": Kind(architecture="Qwen3ForCausalLM", qk_norm=True, head_dim=128),
+    "qwen3_moe": Kind(architecture="Qwen3MoeForCausalLM", qk_norm=True, moe=True),
+    "Dream": Kind(architecture="DreamModel", bias=True, attention="bidirectional", mask_id=151666),
+    "Fast_dLLM_Qwen": Kind(
+        architecture="Fast_dLLM_QwenForCausalLM",
+        bias=True,
+        attention="block_causal",
+        block_key="bd_size",
+        block_size=32,
+        mask_id=151665,
+    ),
+    "sdar": _SDAR,
+    "sdar_moe": dataclasses.replace(_SDAR, architecture="SDARMoeForCausalLM", moe=True),
+}
+"""By the `model_type` of config.json."""
 
 
 def config_from_published(fields: Mapping[str, Any]) -> TransformerConfig:
-    """The config of a published config.json with model_type llama, qwen2 or qwen3.
+    """The config of a published config.json whose model_type is one of `KINDS`.
 
     Raises:
       ValueError: a field is missing, or asks for something that the model does not do.
     """
-    kind = fields.get("model_type")
-    _refuse(fields, "hidden_act", "silu")
-    _refuse(fields, "mlp_bias", False)
-    _refuse(fields, "use_sliding_window", False)
-    if kind != "qwen2":
-        _refuse(fields, "attention_bias", False)
-    rope = dict(fields.get("rope_parameters") or fields.get("rope_scaling") or {})
-    scaling = rope.get("rope_type", rope.get("type", "default"))
-    if scaling != "default":
-        raise ValueError(f"config.json asks for RoPE scaling {scaling!r}, which is not supported")
+    family = needed(fields, "model_type")
+    kind = KINDS[family]
+    refuse(fields, "hidden_act", "silu")
+    refuse(fields, "mlp_bias", False)
+    refuse(fields, "use_sliding_window", False)
+    refuse(fields, "use_mrope", False)
+    if not kind.bias:
+        refuse(fields, "attention_bias", False)
     heads, dim = needed(fields, "num_attention_heads"), needed(fields, "hidden_size")
-    head_dim = fields.get("head_dim") or (128 if kind == "qwen3" else dim // heads)
-    pad = fields.get("pad_token_id")
-    eos = eos_ids(fields)
+    mask = fields.get("mask_token_id")
     return TransformerConfig(
+        family=family,
         vocab_size=needed(fields, "vocab_size"),
         num_layers=needed(fields, "num_hidden_layers"),
         dim=dim,
         num_heads=heads,
         num_kv_heads=fields.get("num_key_value_heads") or heads,
-        head_dim=head_dim,
+        head_dim=fields.get("head_dim") or kind.head_dim or dim // heads,
         ffn_dim=needed(fields, "intermediate_size"),
         max_length=fields.get("max_position_embeddings", 2048),
-        rope_theta=float(rope.get("rope_theta", fields.get("rope_theta", 10_000.0))),
+        rope_theta=unscaled_rope(fields),
         norm_eps=float(fields.get("rms_norm_eps", 1e-6)),
         tied_head=bool(fields.get("tie_word_embeddings", False)),
-        qkv_bias=kind == "qwen2",
-        qk_norm=kind == "qwen3",
-        eos_ids=eos,
-        pad_id=pad if pad is not None else (eos[0] if eos else 0),
+        qkv_bias=kind.bias,
+        qk_norm=kind.qk_norm,
+        moe=_experts(fields) if kind.moe else None,
+        attention=kind.attention,
+        block_size=(kind.block_key and fields.get(kind.block_key)) or kind.block_size,
+        alignment=kind.alignment,
+        mask_id=kind.mask_id if mask is None else mask,
+        eos_ids=eos_ids(fields),
+        pad_id=pad_id(fields),
     )
 
 
+def _experts(fields: Mapping[str, Any]) -> MoEConfig:
+    refuse(fields, "decoder_sparse_step", 1)
+    refuse(fields, "mlp_only_layers", [])
+    return MoEConfig(
+        num_experts=needed(fields, "num_experts"),
+        experts_per_token=needed(fields, "num_experts_per_tok"),
+        ffn_dim=needed(fields, "moe_intermediate_size"),
+        normalise=bool(fields.get("norm_topk_prob", False)),
+    )
+
+
+def config_to_published(config: TransformerConfig) -> dict[str, Any]:
+    """The inverse of `config_from_published`: a config.json that the authors' code reads."""
+    kind = KINDS[config.family]
+    fields = {
+        "model_type": config.family,
+        "architectures": [kind.architecture],
+        "vocab_size": config.vocab_size,
+        "num_hidden_layers": config.num_layers,
+        "hidden_size": config.dim,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.ffn_dim,
+        "max_position_embeddings": config.max_length,
+        "rope_theta": config.rope_theta,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tied_head,
+        "hidden_act": "silu",
+        **special_ids(config),
+    }
+    if not kind.bias:
+        fields["attention_bias"] = False
+    if kind.block_key:
+        fields[kind.block_key] = config.block_size
+    if config.moe:
+        fields |= {
+            "num_experts": config.moe.num_experts,
+            "num_experts_per_tok": config.moe.experts_per_token,
+            "moe_intermediate_size": config.moe.ffn_dim,
+            "norm_topk_prob": config.moe.normalise,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
+    return fields
+
+
 def tensor_maps(config: TransformerConfig) -> tuple[TensorMap, ...]:
-    """The published names, which the three share."""
+    """The published names, which all of them share."""
     layer = "model.layers.{layer}."
-    maps = (
+    top = [
         TensorMap("model.embed_tokens.weight", "embed", "V D -> V D"),
         TensorMap("model.norm.weight", "final_norm", "D -> D"),
+    ]
+    if not config.tied_head:
+        top.append(TensorMap("lm_head.weight", "head", "V D -> D V"))
+    rows = [
         TensorMap(layer + "input_layernorm.weight", "layers/attention/norm", "D -> D"),
         TensorMap(layer + "self_attn.q_proj.weight", "layers/attention/q", "(N H) D -> D N H"),
         TensorMap(layer + "self_attn.k_proj.weight", "layers/attention/k", "(K H) D -> D K H"),
         TensorMap(layer + "self_attn.v_proj.weight", "layers/attention/v", "(K H) D -> D K H"),
         TensorMap(layer + "self_attn.o_proj.weight", "layers/attention/o", "D (N H) -> N H D"),
         TensorMap(layer + "post_attention_layernorm.weight", "layers/mlp/norm", "D -> D"),
-        TensorMap(layer + "mlp.gate_proj.weight", "layers/mlp/gate", "F D -> D F"),
-        TensorMap(layer + "mlp.up_proj.weight", "layers/mlp/up", "F D -> D F"),
-        TensorMap(layer + "mlp.down_proj.weight", "layers/mlp/down", "D F -> F D"),
-    )
-    if not config.tied_head:
-        maps += (TensorMap("lm_head.weight", "head", "V D -> D V"),)
+    ]
     if config.qkv_bias:
-        maps += (
+        rows += [
             TensorMap(layer + "self_attn.q_proj.bias", "layers/attention/q_bias", "(N H) -> N H"),
             TensorMap(layer + "self_attn.k_proj.bias", "layers/attention/k_bias", "(K H) -> K H"),
             TensorMap(layer + "self_attn.v_proj.bias", "layers/attention/v_bias", "(K H) -> K H"),
-        )
+        ]
     if config.qk_norm:
-        maps += (
+        rows += [
             TensorMap(layer + "self_attn.q_norm.weight", "layers/attention/q_norm", "H -> H"),
             TensorMap(layer + "self_attn.k_norm.weight", "layers/attention/k_norm", "H -> H"),
-        )
-    return maps
+        ]
+    # The bias and the shared expert are LLaDA-MoE's, which has these names too.
+    bias, shared = layer + "mlp.expert_bias", layer + "shared_expert."
+    return (*top, *layer_maps(config, rows, layer + "mlp.", bias=bias, shared=shared))
 
 
 def ignored(config: TransformerConfig) -> tuple[str, ...]:
     """Patterns of published tensors that say nothing: constants, and the copy of a tied head."""
-    constants = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
+    constants = (r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
     return (*constants, r"lm_head\.weight") if config.tied_head else constants
 
 
@@ -119,6 +228,7 @@ def config_from_gguf(
         raise ValueError("the GGUF file rotates a part of each head, which is not supported")
     pad = metadata.get("tokenizer.ggml.padding_token_id")
     return TransformerConfig(
+        family=kind,
         vocab_size=field("vocab_size", shapes.get("token_embd.weight", (None,))[0]),
         num_layers=field("block_count"),
         dim=dim,
@@ -176,27 +286,6 @@ def gguf_tensor_maps(config: TransformerConfig, architecture: str) -> tuple[Tens
             TensorMap(layer + "attn_k_norm.weight", "layers/attention/k_norm", "H -> H"),
         )
     return maps
-
-
-def needed(fields: Mapping[str, Any], name: str) -> Any:
-    """A field of config.json that has no default."""
-    if fields.get(name) is None:
-        raise ValueError(f"config.json has no {name}: it is not a complete published config")
-    return fields[name]
-
-
-def eos_ids(fields: Mapping[str, Any]) -> tuple[int, ...]:
-    """config.json's `eos_token_id`, which is a number, a list, or absent."""
-    value = fields.get("eos_token_id")
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
-
-
-def _refuse(fields: Mapping[str, Any], name: str, only: Any) -> None:
-    value = fields.get(name)
-    if value is not None and value != only:
-        raise ValueError(f"config.json has {name}={value!r}; only {only!r} is supported")
 
 
 def _float32(value: float) -> float:

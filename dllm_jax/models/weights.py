@@ -20,8 +20,7 @@ from safetensors import SafetensorError, safe_open
 from dllm_jax import sources
 from dllm_jax.models import registry
 from dllm_jax.models.tensors import TensorMap, leaves
-from dllm_jax.nn.transformer import TransformerConfig
-from dllm_jax.nn.tree import param_shapes
+from dllm_jax.nn.tree import Entry, param_shapes
 from dllm_jax.typing import Params
 
 
@@ -30,7 +29,7 @@ class Weights:
     """An open model in its authors' form."""
 
     where: str  # the file or folder, for messages
-    config: TransformerConfig  # param_dtype as stored
+    config: Any  # the architecture's; its param_dtype is as stored
     maps: tuple[TensorMap, ...]
     shapes: Mapping[str, tuple[int, ...]]  # of the tensors that are there
     ignored: tuple[str, ...]  # patterns of names that may be there and say nothing
@@ -45,25 +44,26 @@ def open_folder(folder: epath.Path) -> Weights:
       ValueError: an unknown model_type, a damaged file, or tensors that do not fit the config.
     """
     fields = sources.read_json(folder / "config.json")
-    family = registry.family(fields.get("model_type"))
+    family = registry.family(fields)
     eos = list(sources.published_eos(folder))
     config = family.config_from_published({**fields, "eos_token_id": eos})
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, str] = {}
-    home: dict[str, Any] = {}
+    home: dict[str, tuple[Any, str]] = {}
+    called = getattr(family, "published_name", str)  # where a family has several names for a tensor
     for file in _shards(folder):
         shard = _open_safetensors(file)
-        for name in shard.keys():
-            view = shard.get_slice(name)
+        for stored in shard.keys():
+            name, view = called(stored), shard.get_slice(stored)
             shapes[name], dtypes[name] = tuple(view.get_shape()), view.get_dtype()
-            home[name] = shard
+            home[name] = shard, stored
     weights = Weights(
         where=str(folder),
         config=config,
         maps=family.tensor_maps(config),
         shapes=shapes,
         ignored=family.ignored(config),
-        read=lambda name: home[name].get_tensor(name),
+        read=lambda name: home[name][0].get_tensor(home[name][1]),
     )
     _check(weights)
     stored = _stored_dtype(weights, dtypes)
@@ -116,30 +116,17 @@ def assemble(
         say. By default the tree is of NumPy arrays.
     """
     config = _with_dtype(weights.config, dtype)
-    rows = {row.path: row for row in weights.maps}
+    rows = {path: row for row in weights.maps for path in row.paths}
     shapes, arrays = param_shapes(config), []
     for path, struct in leaves(shapes):
         row, buffer = rows[path], np.empty(struct.shape, struct.dtype)
-        layers = buffer if "{layer}" in row.name else buffer[None]
-        for layer, name in enumerate(row.names(config)):
-            layers[layer] = row.ours(config, weights.read(name))
+        for index, name in row.entries(config):
+            buffer[index] = row.ours(config, weights.read(name), path)
         arrays.append(buffer if place is None else place(path, buffer))
     return jax.tree.unflatten(jax.tree.structure(shapes), arrays)
 
 
-def published(config: TransformerConfig, params: Params, model_type: str) -> dict[str, np.ndarray]:
-    """The inverse of `assemble`: the tensors of a published folder, by name, as a whole copy."""
-    tensors = {}
-    arrays = dict(leaves(params))
-    for row in registry.family(model_type).tensor_maps(config):
-        array = np.asarray(arrays[row.path])
-        layers = array if "{layer}" in row.name else array[None]
-        for name, layer in zip(row.names(config), layers, strict=True):
-            tensors[name] = np.ascontiguousarray(row.published(config, layer))
-    return tensors
-
-
-def _with_dtype(config: TransformerConfig, dtype: str) -> TransformerConfig:
+def _with_dtype(config: Any, dtype: str) -> Any:
     return dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
 
 
@@ -147,7 +134,7 @@ def _check(weights: Weights) -> None:
     expected = {
         name: row.published_shape(weights.config)
         for row in weights.maps
-        for name in row.names(weights.config)
+        for _, name in row.entries(weights.config)
     }
     missing = [name for name in expected if name not in weights.shapes]
     if missing:
@@ -209,14 +196,21 @@ _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def _stored_dtype(weights: Weights, dtypes: Mapping[str, str]) -> str:
-    """The one dtype that holds every tensor of the model exactly."""
-    found = set()
+    """The one dtype that holds every tensor exactly, but those that we keep in one of their own."""
+    found, fixed = set(), _fixed(weights.config)
     for row in weights.maps:
-        for name in row.names(weights.config):
+        for _, name in row.entries(weights.config):
             if dtypes[name] not in _DTYPES:
                 raise ValueError(
                     f"{weights.where}: tensor {name!r} is stored as {dtypes[name]}; only"
                     f" {', '.join(_DTYPES)} are read: take an unquantised copy of the model"
                 )
-            found.add(jnp.dtype(_DTYPES[dtypes[name]]))
+            if not fixed.issuperset(row.paths):
+                found.add(jnp.dtype(_DTYPES[dtypes[name]]))
     return jnp.result_type(*found).name
+
+
+def _fixed(config: Any) -> set[str]:
+    """The paths of parameters that have a dtype of their own."""
+    entries = jax.tree.leaves_with_path(config.tree(), is_leaf=lambda x: isinstance(x, Entry))
+    return {"/".join(key.key for key in keys) for keys, entry in entries if entry.dtype}

@@ -1,13 +1,15 @@
-"""One transformer for the Llama line (Llama, Qwen2, Qwen3, LLaDA).
+"""One transformer for the Llama line (Llama, Qwen, LLaDA, Dream, SDAR and their like).
 
-RMSNorm, RoPE, grouped heads, SwiGLU.
+RMSNorm, RoPE, grouped heads, SwiGLU, and a mixture of experts in its place where there is one.
 
 `Transformer` is a Linen module that only names parameters. A forward pass takes tokens (and a
 cache of the prefix), returns the last hidden states and the tokens' own keys and values; who sees
-whom is a `BlockMask`. The layers are stacked on a leading axis and scanned.
+whom is a `BlockMask`. The layers are stacked on a leading axis and scanned: all of them in one
+stack, or in two where the first ones are dense and the others are mixtures of experts.
 """
 
 import dataclasses
+import itertools
 from typing import Any, NamedTuple
 
 import flax
@@ -18,7 +20,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dllm_jax.cache import KVCache, allocate
 from dllm_jax.nn.adapters import AdapterConfig, low_rank
-from dllm_jax.nn.tree import Entry, init, param_shapes
+from dllm_jax.nn.transformer_tree import transformer_tree
+from dllm_jax.nn.tree import init, param_shapes
+from dllm_jax.ops.moe import MoEConfig, experts, route
 from dllm_jax.ops.norm import rms_norm
 from dllm_jax.ops.rope import rope_angles, rotate
 from dllm_jax.typing import Params
@@ -29,6 +33,7 @@ from pallas_kernels import BlockMask, block_attention
 class TransformerConfig:
     """An architecture of the Llama line, and how its tokens are meant to be read."""
 
+    family: str = "llama"  # whose names its published tensors have: a key of `registry.FAMILIES`
     vocab_size: int
     num_layers: int
     dim: int
@@ -38,10 +43,12 @@ class TransformerConfig:
     ffn_dim: int
     max_length: int = 8192
     rope_theta: float = 10_000.0
+    rotary_dim: int = 0  # RoPE turns the first ones of each head; 0: the whole head
     norm_eps: float = 1e-5
     tied_head: bool = False  # the output projection is the embedding, transposed
     qkv_bias: bool = False  # Qwen2
     qk_norm: bool = False  # Qwen3: RMSNorm on each head's query and key
+    moe: MoEConfig | None = None
     attention: str = "causal"  # of clean tokens: causal | bidirectional | block_causal
     block_size: int = 1  # of block_causal attention
     alignment: str = "shifted"  # the output at i predicts token i + 1 | same_position: token i
@@ -60,6 +67,14 @@ class TransformerConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: RoPE turns planes")
+        if self.rotary_dim % 2 or not 0 <= self.rotary_dim <= self.head_dim:
+            raise ValueError(
+                f"rotary_dim={self.rotary_dim} must be even, and at most head_dim={self.head_dim}"
+            )
+        if self.moe and not 0 <= self.moe.first_dense < self.num_layers:
+            raise ValueError(f"first_dense={self.moe.first_dense} leaves no layer for the experts")
+        if self.moe and self.adapter:
+            raise ValueError("a model with experts takes no adapter: none is made for experts")
         if self.attention not in ("causal", "bidirectional", "block_causal"):
             raise ValueError(
                 f"attention={self.attention!r} is not causal, bidirectional or block_causal"
@@ -77,7 +92,22 @@ class TransformerConfig:
 
     def tree(self) -> Params:
         """The parameter tree, as `tree.Entry`s."""
-        return _tree(self)
+        return transformer_tree(self)
+
+    def sizes(self) -> dict[str, int]:
+        """The letters in which name maps spell its tensors."""
+        sizes = {
+            "Ly": self.num_layers, "V": self.vocab_size, "D": self.dim, "N": self.num_heads,
+            "K": self.num_kv_heads, "H": self.head_dim, "F": self.ffn_dim,
+            "h": self.head_dim // 2,  # one of the two halves that RoPE turns into each other
+        }  # fmt: skip
+        if self.moe:
+            sizes |= {
+                "E": self.moe.num_experts,
+                "f": self.moe.ffn_dim,
+                "s": self.moe.shared_ffn_dim,
+            }
+        return sizes
 
     @property
     def has_mask(self) -> bool:
@@ -100,16 +130,16 @@ class Output(NamedTuple):
 
 
 def forward(
-    model: "Transformer", params: Params, tokens: Int[Array, "B Q"], **options: Any
+    model: nn.Module, params: Params, tokens: Int[Array, "B Q"], **options: Any
 ) -> Output:
-    """One forward pass; `options` are those of `Transformer.__call__`."""
+    """One forward pass of any of our modules; `options` are those of its `__call__`."""
     out = model.apply({"params": params}, tokens, **options)
     assert isinstance(out, Output)
     return out
 
 
 def logits_of(
-    model: "Transformer", params: Params, hidden: Float[Array, "*B D"]
+    model: nn.Module, params: Params, hidden: Float[Array, "*B D"]
 ) -> Float[Array, "*B V"]:
     """The vocabulary's scores, float32, of the hidden states that are wanted."""
     return jnp.asarray(model.apply({"params": params}, hidden, method="logits"))
@@ -165,19 +195,10 @@ class Transformer(nn.Module):
         gate = None
         if canvas and config.mask_id is not None:
             gate = tokens == config.mask_id
-        context = _Context(
-            config, mask, rope_angles(positions, config.head_dim, config.rope_theta), gate,
-            cache, cache_end, hole, lengths,
-        )  # fmt: skip
+        angles = rope_angles(positions, config.rotary_dim or config.head_dim, config.rope_theta)
+        context = _Context(config, mask, angles, gate, cache, cache_end, hole, lengths)
         hidden = embed(tree, config, tokens, gate)
-        layers = {"base": tree["layers"]}
-        if gate is not None and config.adapter:
-            layers["adapter"] = {k: v for k, v in tree["adapter"].items() if k != "mask_embedding"}
-        hidden, kv = _scan(context, layers, hidden, 0, frozen_layers)
-        if frozen_layers:
-            hidden = jax.lax.stop_gradient(hidden)
-            hidden, upper = _scan(context, layers, hidden, frozen_layers, config.num_layers)
-            kv = jnp.concatenate([jax.lax.stop_gradient(kv), upper])
+        hidden, kv = _run(context, tree, hidden, frozen_layers)
         return Output(rms_norm(hidden, tree["final_norm"], config.norm_eps), kv)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -223,10 +244,28 @@ class _Context(NamedTuple):
     lengths: jax.Array | None
 
 
-def _scan(context: _Context, layers: Params, hidden: jax.Array, first: int, last: int):
-    """Layers first..last (all when last is 0): hidden states, and keys and values."""
-    if (first, last) != (0, 0):
-        layers = jax.tree.map(lambda x: x[first:last], layers)
+def _run(context: _Context, tree: Params, hidden: jax.Array, frozen: int):
+    """Every layer: hidden states, and keys and values. Those below `frozen` pass no gradient."""
+    config = context.config
+    dense = config.moe.first_dense if config.moe else 0
+    stops = sorted({0, dense, min(frozen, config.num_layers), config.num_layers})
+    kv = []
+    for first, last in itertools.pairwise(stops):
+        stack, start = ("dense_layers", 0) if last <= dense else ("layers", dense)
+        layers = {"base": tree[stack]}
+        if context.gate is not None and config.adapter:
+            layers["adapter"] = {k: v for k, v in tree["adapter"].items() if k != "mask_embedding"}
+        hidden, own = _scan(context, layers, hidden, first, last, start)
+        if last <= frozen:
+            hidden, own = jax.lax.stop_gradient((hidden, own))
+        kv.append(own)
+    return hidden, kv[0] if len(kv) == 1 else jnp.concatenate(kv)
+
+
+def _scan(context: _Context, layers: Params, hidden: jax.Array, first: int, last: int, start: int):
+    """Layers first..last out of a stack whose first layer has the number `start`."""
+    if jax.tree.leaves(layers)[0].shape[0] != last - first:
+        layers = jax.tree.map(lambda x: x[first - start : last - start], layers)
 
     def body(hidden, xs):
         number, layer = xs
@@ -234,8 +273,7 @@ def _scan(context: _Context, layers: Params, hidden: jax.Array, first: int, last
 
     if context.config.remat:
         body = jax.checkpoint(body, prevent_cse=False)
-    numbers = first + jnp.arange(jax.tree.leaves(layers)[0].shape[0])
-    return jax.lax.scan(body, hidden, (numbers, layers))
+    return jax.lax.scan(body, hidden, (jnp.arange(first, last), layers))
 
 
 def _layer(context: _Context, number, base: Params, adapter: Params, hidden: jax.Array):
@@ -266,72 +304,25 @@ def _layer(context: _Context, number, base: Params, adapter: Params, hidden: jax
     hidden = hidden + project(mixed, p["o"].reshape(-1, config.dim), "o", "bqi,id->bqd")
     p = base["mlp"]
     x = rms_norm(hidden, p["norm"], config.norm_eps)
-    gated = nn.silu(project(x, p["gate"], "gate", "bqd,df->bqf"))
-    gated = gated * project(x, p["up"], "up", "bqd,df->bqf")
-    hidden = hidden + project(gated, p["down"], "down", "bqf,fd->bqd")
+    if config.moe and "router" in p:
+        hidden = hidden + _mixture(config.moe, p, x)
+    else:
+        gated = nn.silu(project(x, p["gate"], "gate", "bqd,df->bqf"))
+        gated = gated * project(x, p["up"], "up", "bqd,df->bqf")
+        hidden = hidden + project(gated, p["down"], "down", "bqf,fd->bqd")
     kv = jnp.concatenate([k, v], axis=-1)  # [B, Q, K, 2 * H]
     return hidden, jnp.moveaxis(kv, 1, 2)
 
 
-def _tree(c: TransformerConfig) -> Params:
-    sizes = {
-        "layers": c.num_layers, "embed": c.dim, "heads": c.num_heads, "kv_heads": c.num_kv_heads,
-        "head_dim": c.head_dim, "ffn": c.ffn_dim, "vocab": c.vocab_size,
-    }  # fmt: skip
-
-    def entry(*axes):
-        return Entry(tuple(sizes[axis] for axis in axes), axes)
-
-    attention = {
-        "norm": entry("layers", "embed"),
-        "q": entry("layers", "embed", "heads", "head_dim"),
-        "k": entry("layers", "embed", "kv_heads", "head_dim"),
-        "v": entry("layers", "embed", "kv_heads", "head_dim"),
-        "o": entry("layers", "heads", "head_dim", "embed"),
-    }
-    if c.qkv_bias:
-        attention["q_bias"] = entry("layers", "heads", "head_dim")
-        attention["k_bias"] = attention["v_bias"] = entry("layers", "kv_heads", "head_dim")
-    if c.qk_norm:
-        attention["q_norm"] = attention["k_norm"] = entry("layers", "head_dim")
-    mlp = {
-        "norm": entry("layers", "embed"),
-        "gate": entry("layers", "embed", "ffn"),
-        "up": entry("layers", "embed", "ffn"),
-        "down": entry("layers", "ffn", "embed"),
-    }
-    tree = {
-        "embed": entry("vocab", "embed"),
-        "layers": {"attention": attention, "mlp": mlp},
-        "final_norm": entry("embed"),
-    }
-    if not c.tied_head:
-        tree["head"] = entry("embed", "vocab")
-    if c.adapter:
-        tree["adapter"] = _adapter_tree(c.num_layers, c.adapter.rank, entry)
-    return tree
-
-
-def _adapter_tree(layers: int, rank: int, entry) -> Params:
-    def pair(inputs: tuple[str, ...], outputs: tuple[str, ...]):
-        wide = entry(*inputs)
-        flat = 1
-        for size in wide.shape:
-            flat *= size
-        narrow = entry(*outputs)
-        axis = inputs[0] if len(inputs) == 1 else None
-        return {
-            "in": Entry((layers, flat, rank), ("layers", axis, None)),
-            "out": Entry((layers, rank, *narrow.shape), ("layers", None, *narrow.axes)),
-        }
-
-    return {
-        "mask_embedding": entry("embed"),
-        "q": pair(("embed",), ("heads", "head_dim")),
-        "k": pair(("embed",), ("kv_heads", "head_dim")),
-        "v": pair(("embed",), ("kv_heads", "head_dim")),
-        "o": pair(("heads", "head_dim"), ("embed",)),
-        "gate": pair(("embed",), ("ffn",)),
-        "up": pair(("embed",), ("ffn",)),
-        "down": pair(("ffn",), ("embed",)),
-    }
+def _mixture(config: MoEConfig, p: Params, x: jax.Array) -> jax.Array:
+    """What the experts make of each token [B, Q, D], with the one that all tokens share."""
+    flat = x.reshape(-1, x.shape[-1])
+    # A rounding of the logits is another choice of experts: they are float32 in full.
+    wide = flat.astype(jnp.float32), p["router"].astype(jnp.float32)
+    logits = jnp.einsum("td,de->te", *wide, precision="highest")
+    chosen, weights = route(logits, p.get("router_bias"), config)
+    mixed = experts(flat, chosen, weights, p["gate"], p["up"], p["down"]).reshape(x.shape)
+    if config.shared_ffn_dim:
+        gate, up, down = (p[f"shared_{name}"].astype(x.dtype) for name in ("gate", "up", "down"))
+        mixed = mixed + (nn.silu(x @ gate) * (x @ up)) @ down
+    return mixed

@@ -1,6 +1,7 @@
 """Parameter trees as data: what every architecture says about its own, and what is read off it.
 
-A config has `tree()`, a nested dict of `Entry`s, and `build()`, its module.
+A config has `tree()`, a nested dict of `Entry`s, `build()`, its module, and `sizes()`, the letters
+in which name maps spell its published tensors.
 """
 
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -17,6 +18,7 @@ class Entry(NamedTuple):
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
+    dtype: str | None = None  # of a parameter that is kept in one dtype, whatever the others are in
 
 
 @runtime_checkable
@@ -28,13 +30,15 @@ class Config(Protocol):
 
     def tree(self) -> Params: ...
 
+    def sizes(self) -> dict[str, int]: ...
+
     def build(self) -> nn.Module: ...
 
 
 def param_shapes(config: Config) -> Params:
     """The parameter tree as `jax.ShapeDtypeStruct`s."""
     return jax.tree.map(
-        lambda entry: jax.ShapeDtypeStruct(entry.shape, config.param_dtype),
+        lambda entry: jax.ShapeDtypeStruct(entry.shape, entry.dtype or config.param_dtype),
         config.tree(),
         is_leaf=lambda x: isinstance(x, Entry),
     )
@@ -66,4 +70,6 @@ def _init_leaf(key, name, shape):
     if not name:  # embed [V, D], head [D, V]
         return (0.02 * jax.random.normal(key, shape.shape)).astype(shape.dtype)
     fan_in = shape.shape[1] * (shape.shape[2] if name == "o" else 1)
+    if name in ("gate", "up", "down"):  # [Ly, D, F], or [Ly, E, D, F] of experts
+        fan_in = shape.shape[-2]
     return (jax.random.normal(key, shape.shape) / fan_in**0.5).astype(shape.dtype)

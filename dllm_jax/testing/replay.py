@@ -193,7 +193,7 @@ def _gemma_check(name: str) -> Callable[[Folder], Line]:
 
 
 def _gemma_steps(folder: Folder) -> tuple[jax.Array, jax.Array]:
-    """The scores of a first denoising step, and of one conditioned on it."""
+    """The scores of a first denoising step, and of one conditioned on the folder's first."""
     model, params = folder.model, folder.params
     prompt, canvas = (jnp.asarray(folder.inputs[n], jnp.int32) for n in ("prompt", "canvas"))
     batch, width = prompt.shape
@@ -206,9 +206,9 @@ def _gemma_steps(folder: Folder) -> tuple[jax.Array, jax.Array]:
                       positions=at, cache=cache, **more)  # fmt: skip
         return logits_of(model, params, out.hidden)
 
-    first = step()
-    soft = model.apply({"params": params}, jax.nn.softmax(first, axis=-1), method="soft_embed")
-    return first, step(carry=soft)
+    given = jax.nn.softmax(jnp.asarray(folder.outputs["logits_step1"]), axis=-1)
+    soft = model.apply({"params": params}, given, method="soft_embed")
+    return step(), step(carry=soft)
 
 
 # Decoding

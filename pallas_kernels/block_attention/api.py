@@ -17,12 +17,14 @@ def block_attention(
     cache_end: Int[Array, "B"] | Int[Array, "B Q"] | None = None,
     hole: tuple[Int[Array, "B"], Int[Array, "B"]] | None = None,
     lengths: Int[Array, "B"] | None = None,
+    window: int = 0,
+    scale: float | None = None,
 ) -> Float[Array, "B Q N H"]:
     """Attention of Q entries over a cached prefix and over themselves under `mask`, grouped heads.
 
     Args:
       q, k, v: the entries' own queries, keys and values; `N` a multiple of `K`. Keys carry their
-        rotary positions already. The scale is 1 / sqrt(H).
+        rotary positions already.
       mask: how the entries see each other (`BlockMask`); entry order is clean first, then noisy
       groups.
       cache: keys and values of the prefix, packed side by side in the last axis (`H2 = 2 * H`).
@@ -31,12 +33,19 @@ def block_attention(
       hole: slots [first, second) of each row's cache that are not read, because the entries of this
         pass stand in for them (a canvas whose surroundings are cached approximately).
       lengths: valid clean entries of each row (right padding is not attended to). All by default.
+      window: a query at position p sees only positions > p - window; 0: all. Slot s is position s;
+        clean entry i follows the cache, at `cache_end + i`, or stands in the hole, at `first + i`.
+        A noisy query counts from where its group begins, right behind the clean context that it
+        sees, so that all of a group see the same `window - 1` last clean tokens, and the whole
+        group.
+      scale: of the scores, positive; 1 / sqrt(H) by default.
 
     Returns:
       `[B, Q, N, H]` in the dtype of `q`; softmax in float32. A query that sees nothing gets zeros.
 
     Raises:
-      ValueError: the entries do not fit the mask, or `cache` comes without `cache_end`.
+      ValueError: the entries do not fit the mask, `cache` comes without `cache_end`, or the window
+        or the scale is out of range.
     """
     entries = q.shape[1]
     noisy = entries - mask.clean
@@ -48,7 +57,10 @@ def block_attention(
         raise ValueError("`cache` and `cache_end` come together")
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} kv heads")
+    if window < 0 or (scale is not None and scale <= 0):
+        raise ValueError(f"window={window} must be 0 (all) or positive, and scale={scale} positive")
     with jax.named_scope("block_attention"):
         return reference.block_attention(
-            q, k, v, mask, cache=cache, cache_end=cache_end, hole=hole, lengths=lengths
-        )
+            q, k, v, mask, cache=cache, cache_end=cache_end, hole=hole, lengths=lengths,
+            window=window, scale=scale,
+        )  # fmt: skip

@@ -24,42 +24,68 @@ class _Read(NamedTuple):
 
 
 def block_attention(q, k, v, mask: BlockMask, *, cache=None, cache_end=None, hole=None,
-                    lengths=None):  # fmt: skip
+                    lengths=None, window=0, scale=None):  # fmt: skip
     """See `pallas_kernels.block_attention`."""
     batch, entries, heads, size = q.shape
     kv_heads, clean = k.shape[2], mask.clean
     q = q.reshape(batch, entries, kv_heads, heads // kv_heads, size)
     k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)  # [B, K, Q, H], as the cache has them
+    scale = size**-0.5 if scale is None else scale
 
     def reads(lo: int, hi: int) -> list[_Read]:
+        index = jnp.arange(lo, hi)
+        end = mask.clean_end(index)[None]  # [1 or B, Q]: clean entries that a query may see
+        if lengths is not None:
+            end = jnp.minimum(end, lengths[:, None])
+        place = index[None] if lo < clean else end  # of the query among the clean entries
         found = []
         if cache is not None and cache_end is not None:
-            end = jnp.broadcast_to(cache_end.reshape(batch, -1), (batch, entries))[:, lo:hi, None]
-            slots = jnp.arange(cache.shape[2])
-            visible = slots < end
+            stop = jnp.broadcast_to(cache_end.reshape(batch, -1), (batch, entries))[:, lo:hi]
+            if window and hole is None and cache_end.ndim == 1:
+                cached, slots = _recent(cache, cache_end, window)
+            else:
+                cached, slots = cache, jnp.arange(cache.shape[2])[None]
+            slots = slots[:, None]  # [1 or B, 1, S]
+            visible = slots < stop[..., None]
             if hole is not None:
                 visible &= (slots < hole[0][:, None, None]) | (slots >= hole[1][:, None, None])
+            if window:
+                first = stop if hole is None else hole[0][:, None]  # position of clean entry 0
+                visible &= slots > (first + place)[..., None] - window
             # A slot nobody reads may hold anything, and 0 * NaN is NaN: clear its values.
-            values = jnp.where(visible.any(axis=1)[:, None, :, None], cache[..., size:], 0)
-            found.append(_Read(cache[..., :size], values, visible))
+            values = jnp.where(visible.any(axis=1)[:, None, :, None], cached[..., size:], 0)
+            found.append(_Read(cached[..., :size], values, visible))
         if clean:
             slots = jnp.arange(clean)
-            visible = (slots < mask.clean_end(jnp.arange(lo, hi))[:, None])[None]
-            if lengths is not None:
-                visible = visible & (slots < lengths[:, None, None])
+            visible = slots < end[..., None]
+            if window:
+                visible = visible & (slots > place[..., None] - window)
             found.append(_Read(k[:, :, :clean], v[:, :, :clean], visible))
         return found
 
     parts = []
     if clean:
-        parts.append(_attend(q[:, :clean], reads(0, clean)))
+        parts.append(_attend(q[:, :clean], scale, reads(0, clean)))
     if entries > clean:
         own = (k[:, :, clean:], v[:, :, clean:], mask.block)
-        parts.append(_attend(q[:, clean:], reads(clean, entries), own))
+        parts.append(_attend(q[:, clean:], scale, reads(clean, entries), own))
     return jnp.concatenate(parts, axis=1).reshape(batch, entries, heads, size).astype(q.dtype)
 
 
-def _attend(q, reads: list[_Read], own: tuple[jax.Array, jax.Array, int] | None = None):
+def _recent(cache, cache_end, window: int) -> tuple[jax.Array, jax.Array]:
+    """The slots that a window over each row's cache can reach, and their numbers [B, window - 1].
+
+    No query stands before `cache_end`: a sliding layer reads its window, however long the cache.
+    """
+    width = min(max(window - 1, 1), cache.shape[2])
+    start = jnp.clip(cache_end - width, 0, cache.shape[2] - width)
+    rows = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, width, axis=1))
+    return rows(cache, start), start[:, None] + jnp.arange(width)
+
+
+def _attend(
+    q, scale: float, reads: list[_Read], own: tuple[jax.Array, jax.Array, int] | None = None
+):
     """One softmax over several sets of keys, float32[B, Q, K, G, H].
 
     `own` = (keys, values, block): each group of `block` queries also reads itself.
@@ -72,7 +98,6 @@ def _attend(q, reads: list[_Read], own: tuple[jax.Array, jax.Array, int] | None 
         scores.append(_own_scores(q, own[0], own[2]))
     top = jnp.max(jnp.stack([s.max(axis=-1) for s in scores]), axis=0)[..., None]
     top = jax.lax.stop_gradient(top)
-    scale = q.shape[-1] ** -0.5
     weights = [jnp.where(s > _NEG, jnp.exp(scale * (s - top)), 0.0) for s in scores]
     total = jnp.moveaxis(sum(w.sum(axis=-1) for w in weights), -1, 1)[..., None]  # [B, Q, K, G, 1]
     out = jnp.zeros(q.shape, jnp.float32)

@@ -1,0 +1,276 @@
+"""Experts: the grouped product is the dense one, and the router is the published arithmetic."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dllm_jax.cache import append
+from dllm_jax.nn.transformer import TransformerConfig, forward
+from dllm_jax.nn.tree import param_axes, param_shapes
+from dllm_jax.ops.moe import MoEConfig, experts, route
+from dllm_jax.sharding import make_mesh, shardings
+from dllm_jax.testing import tiny
+from pallas_kernels import BlockMask
+
+TOKENS, DIM, FFN, EXPERTS, TOP = 7, 6, 5, 8, 3
+RNG = np.random.default_rng(0)
+GATE, UP = (jnp.asarray(RNG.standard_normal((EXPERTS, DIM, FFN), np.float32)) for _ in range(2))
+DOWN = jnp.asarray(RNG.standard_normal((EXPERTS, FFN, DIM), np.float32))
+X = jnp.asarray(RNG.standard_normal((TOKENS, DIM), np.float32))
+
+
+def pairs(seed: int):
+    rng = np.random.default_rng(seed)
+    chosen = np.stack([rng.permutation(EXPERTS)[:TOP] for _ in range(TOKENS)])
+    weights = rng.standard_normal((TOKENS, TOP), np.float32)
+    return jnp.asarray(chosen, jnp.int32), jnp.asarray(weights)
+
+
+def every_expert(x, chosen, weights, gate, up, down):
+    """Each expert on each token; those that were not chosen weigh nothing."""
+    out = jnp.einsum("td,edf->tef", x, gate)
+    out = jax.nn.silu(out) * jnp.einsum("td,edf->tef", x, up)
+    out = jnp.einsum("tef,efd->ted", out, down)
+    table = jnp.zeros((len(x), EXPERTS)).at[jnp.arange(len(x))[:, None], chosen].add(weights)
+    return jnp.einsum("ted,te->td", out, table)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_grouped_equals_every_expert_on_every_token(seed: int):
+    chosen, weights = pairs(seed)
+    got = experts(X, chosen, weights, GATE, UP, DOWN)
+    want = every_expert(X, chosen, weights, GATE, UP, DOWN)
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_gradients_are_those_of_the_dense_form():
+    chosen, weights = pairs(4)
+
+    def loss(mixture, x, weights, gate, up, down):
+        return jnp.square(mixture(x, chosen, weights, gate, up, down)).sum()
+
+    inputs = X, weights, GATE, UP, DOWN
+    got, want = (
+        jax.jit(jax.grad(partial(loss, mixture), argnums=range(5)))(*inputs)
+        for mixture in (experts, every_expert)
+    )
+    for a, b in zip(got, want, strict=True):
+        assert np.isfinite(a).all()
+        np.testing.assert_allclose(a, b, atol=1e-2, rtol=1e-4)
+
+
+def test_an_expert_that_nobody_chose_has_no_gradient():
+    chosen, weights = jnp.zeros((TOKENS, 1), jnp.int32), jnp.ones((TOKENS, 1))
+    grad = jax.grad(lambda gate: experts(X, chosen, weights, gate, UP, DOWN).sum())(GATE)
+    assert np.any(grad[0])
+    assert not np.any(grad[1:])
+
+
+def test_neighbours_change_nothing():
+    """A token alone, among others, and behind padding of any kind."""
+    chosen, weights = pairs(5)
+    whole = experts(X, chosen, weights, GATE, UP, DOWN)
+    for t in range(TOKENS):
+        alone = experts(X[t : t + 1], chosen[t : t + 1], weights[t : t + 1], GATE, UP, DOWN)
+        np.testing.assert_allclose(alone[0], whole[t], atol=1e-5)
+    junk = X.at[3:].set(1e6)
+    np.testing.assert_allclose(
+        experts(junk, chosen, weights, GATE, UP, DOWN)[:3], whole[:3], atol=1e-5
+    )
+
+
+def test_the_sum_over_experts_is_in_float32():
+    """One expert in bfloat16 three times over, with weights whose sum bfloat16 would round."""
+    x = X.astype(jnp.bfloat16)
+    chosen, one = jnp.zeros((TOKENS, TOP), jnp.int32), jnp.ones((TOKENS, 1))
+    weights = jnp.broadcast_to(jnp.array([256.0, 1.0, -256.0]), (TOKENS, TOP))
+    got = experts(x, chosen, weights, GATE, UP, DOWN)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(got, experts(x, chosen[:, :1], one, GATE, UP, DOWN))
+
+
+# The router
+
+GROUPED = MoEConfig(
+    num_experts=EXPERTS,
+    experts_per_token=TOP,
+    ffn_dim=FFN,
+    score="sigmoid",
+    groups=4,
+    top_groups=2,
+    expert_bias=True,
+    normalise=True,
+    scale=2.5,
+)
+routed = jax.jit(route, static_argnames="config")
+
+
+def by_hand(logits, bias, c: MoEConfig):
+    """The published router in NumPy, one token at a time."""
+    logits, chosen, weights = logits.astype(np.float64), [], []
+    for row in logits:
+        if c.score == "sigmoid":
+            score = 1 / (1 + np.exp(-row))
+        else:
+            score = np.exp(row - row.max())
+            score /= score.sum()
+        ranked = score if bias is None else score + bias
+        size = c.num_experts // c.groups
+        value = [np.sort(ranked[g * size : (g + 1) * size])[-2:].sum() for g in range(c.groups)]
+        kept = np.argsort(value)[::-1][: c.top_groups]
+        allowed = [e for e in range(c.num_experts) if e // size in kept]
+        best = sorted(allowed, key=lambda e: -ranked[e])[: c.experts_per_token]
+        weight = (ranked if c.biased_weights else score)[best]
+        chosen.append(best)
+        weights.append(c.scale * (weight / weight.sum() if c.normalise else weight))
+    return np.array(chosen), np.array(weights)
+
+
+@given(seed=st.integers(0, 10_000), spread=st.sampled_from([0.1, 1.0, 5.0]))
+def test_groups_limit_the_choice(seed: int, spread: float):
+    rng = np.random.default_rng(seed)
+    logits = (spread * rng.standard_normal((TOKENS, EXPERTS))).astype(np.float32)
+    bias = (0.3 * rng.standard_normal(EXPERTS)).astype(np.float32)
+    chosen, weights = (
+        np.asarray(x) for x in routed(jnp.asarray(logits), jnp.asarray(bias), GROUPED)
+    )
+    want, want_weights = by_hand(logits, bias, GROUPED)
+    np.testing.assert_array_equal(chosen, want)
+    np.testing.assert_allclose(weights, want_weights, rtol=1e-4)
+    for row in chosen:
+        assert len(set(row)) == TOP
+        assert len({e // 2 for e in row}) <= GROUPED.top_groups
+    np.testing.assert_allclose(weights.sum(axis=-1), 2.5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(),
+        dict(normalise=True),
+        dict(expert_bias=True, biased_weights=True),
+        dict(expert_bias=True),
+        dict(score="sigmoid", groups=8, top_groups=4),
+    ],
+    ids=str,
+)
+def test_routers_without_groups(config: dict):
+    config = MoEConfig(num_experts=EXPERTS, experts_per_token=TOP, ffn_dim=FFN, **config)
+    rng = np.random.default_rng(1)
+    logits = rng.standard_normal((TOKENS, EXPERTS)).astype(np.float32)
+    bias = rng.standard_normal(EXPERTS).astype(np.float32) if config.expert_bias else None
+    chosen, weights = route(
+        jnp.asarray(logits), None if bias is None else jnp.asarray(bias), config
+    )
+    want, want_weights = by_hand(logits, bias, config)
+    np.testing.assert_array_equal(chosen, want)
+    np.testing.assert_allclose(weights, want_weights, rtol=1e-5)
+    assert weights.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(score="tanh"), "score='tanh' is neither softmax nor sigmoid"),
+        (dict(groups=3), "num_experts=8 must be a multiple of groups=3"),
+        (dict(groups=4, top_groups=5), "top_groups=5 must be from 1 to 4"),
+        (dict(experts_per_token=0), "experts_per_token=0 must be from 1 to 8"),
+        (dict(groups=4), "experts_per_token=3 must be from 1 to 2, the experts that a token may"),
+    ],
+)
+def test_impossible_mixtures_are_named(wrong: dict, message: str):
+    good = dict(num_experts=EXPERTS, experts_per_token=TOP, ffn_dim=FFN)
+    with pytest.raises(ValueError, match=message):
+        MoEConfig(**{**good, **wrong})
+
+
+# In the transformer
+
+MOE = MoEConfig(
+    num_experts=4, experts_per_token=2, ffn_dim=16, shared_ffn_dim=8, first_dense=1,
+    score="sigmoid", groups=2, top_groups=1, expert_bias=True, normalise=True,
+)  # fmt: skip
+MODEL, PARAMS = tiny(adapter=False, num_layers=3, rotary_dim=4, qk_norm=True, moe=MOE)
+
+
+def test_two_stacks_of_layers():
+    assert PARAMS["dense_layers"]["mlp"]["gate"].shape == (1, 32, 48)
+    assert PARAMS["layers"]["mlp"]["gate"].shape == (2, 4, 32, 16)
+    assert PARAMS["layers"]["attention"]["q"].shape[0] == 2
+    spread = np.asarray(PARAMS["layers"]["mlp"]["gate"]).std()
+    assert 0.8 < spread * 32**0.5 < 1.2  # by the inputs of one expert, not by how many there are
+
+
+def test_prefill_and_a_block_equal_one_pass():
+    """The number of a layer in the cache goes on from one stack to the next."""
+
+    @jax.jit
+    def both(tokens):
+        whole = forward(MODEL, PARAMS, tokens, mask=BlockMask.block_causal(12, 4))
+        first = forward(MODEL, PARAMS, tokens[:, :8], mask=BlockMask.block_causal(8, 4))
+        cache = append(MODEL.cache(2, 12), first.kv, jnp.full(2, 8))
+        mask = BlockMask.block_causal(4, 4)
+        return whole, forward(MODEL, PARAMS, tokens[:, 8:], mask=mask, cache=cache)
+
+    whole, rest = both(jnp.asarray(RNG.integers(2, 30, (2, 12)), jnp.int32))
+    assert whole.kv.shape[0] == 3
+    np.testing.assert_allclose(whole.kv[:, :, :, 8:], rest.kv, atol=1e-5)
+    np.testing.assert_allclose(whole.hidden[:, 8:], rest.hidden, atol=1e-5)
+
+
+def test_frozen_layers_across_the_stacks():
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        hidden = forward(MODEL, params, jnp.array([[3, 4, 5, 6]]), frozen_layers=2).hidden
+        return jnp.square(hidden - 1).sum()
+
+    grads = gradient(PARAMS)
+    router = np.asarray(grads["layers"]["mlp"]["router"])
+    assert not np.any(grads["dense_layers"]["mlp"]["up"])
+    assert not np.any(router[0])
+    assert np.any(router[1])
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
+
+
+def test_split_over_a_mesh():
+    placed = shardings(
+        param_axes(MODEL.config), make_mesh(fsdp=2, tensor=2), shapes=param_shapes(MODEL.config)
+    )
+    params = jax.device_put(PARAMS, placed)
+    assert not params["layers"]["mlp"]["down"].sharding.is_fully_replicated
+    run = jax.jit(partial(forward, MODEL))
+    tokens = jnp.asarray(RNG.integers(2, 30, (2, 8)), jnp.int32)
+    np.testing.assert_allclose(
+        run(params, tokens).hidden, run(PARAMS, tokens).hidden, atol=1e-5, rtol=1e-5
+    )
+
+
+def test_half_of_a_head_is_turned():
+    """Past `rotary_dim`, keys do not know where they are."""
+    tokens = jnp.full((1, 6), 5)
+    keys = np.asarray(jax.jit(partial(forward, MODEL))(PARAMS, tokens).kv)[
+        0, 0, :, :, :8
+    ]  # K Q H, first layer
+    assert not np.allclose(keys[:, 0, :4], keys[:, 5, :4], atol=1e-3)
+    np.testing.assert_allclose(keys[:, 0, 4:], keys[:, 5, 4:], atol=1e-6)
+
+
+def test_bad_mixtures_in_a_model_are_named():
+    good = dict(
+        vocab_size=8, num_layers=1, dim=8, num_heads=2, num_kv_heads=1, head_dim=4, ffn_dim=8
+    )
+    for wrong, message in (
+        (dict(moe=MOE), "first_dense=1 leaves no layer for the experts"),
+        (dict(rotary_dim=6), "rotary_dim=6 must be even, and at most head_dim=4"),
+        (dict(rotary_dim=3), "rotary_dim=3 must be even"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TransformerConfig(**{**good, **wrong})
+    with pytest.raises(ValueError, match="with experts takes no adapter"):
+        tiny(adapter=True, moe=MOE)
