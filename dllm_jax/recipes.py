@@ -88,6 +88,7 @@ class Denoise:
     first: str | None = _static(None)
     # Each step writes a position; the most confident, where the policy picks none.
     progress: bool = _static(True)
+    max_steps: Any = None  # the last of so many steps of a block writes all that is left
     # "answer": a row stops when its text is gapless up to an end-of-turn token | "block": when the
     # block with one is done | "never"
     ending: str = _static("answer")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dllm_jax import checkpoint, recipes
+from dllm_jax import checkpoint, policies, recipes
 from dllm_jax.decode.generate import generate, infill, run, stream
 from dllm_jax.decode.prompt import checked, edge, pad
 from dllm_jax.decode.state import result
@@ -285,6 +285,42 @@ def test_recipes_that_do_not_fit_a_model_are_told_so(model_of):
         generate(model, params, [[5, None]], recipe=recipes.sdar())
     with pytest.raises(ValueError, match="nothing to fill in"):
         infill(model, params, [[5, 6]], recipe=recipes.sdar())
+
+
+class Impatient(NamedTuple):
+    """Parts of one's own: one that says when a block is done, and one that takes tokens back."""
+
+    steps: int = 3
+
+    def done(self, view):
+        return view.steps >= self.steps
+
+
+class TakesBack(NamedTuple):
+    below: float = -0.7  # log-probability when it was written
+
+    def revise(self, view):
+        doubted = (view.logprobs < self.below) & (view.commit.step[:, None] < 3)
+        return policies.Revision(jnp.zeros_like(doubted), doubted)
+
+
+@pytest.mark.parametrize("folder", ["llada", "sdar"])
+def test_parts_of_ones_own_plug_in(folder, model_of):
+    model, params = model_of(folder)
+    row = prompts(model.config.vocab_size)[1]  # of 16: blocks of 8 are whole
+    base = recipes.llada(block_size=8) if folder == "llada" else recipes.sdar(block_size=8)
+    ask = lambda **parts: generate(  # noqa: E731
+        model, params, [row], recipe=dataclasses.replace(base, ending="never", **parts),
+        max_new_tokens=24,
+    )  # fmt: skip
+    for parts in ({"finish": Impatient()}, {"max_steps": 3}):
+        out = ask(**parts)
+        assert int(out.nfe[0]) == 3 * 3
+        assert int(out.lengths[0]) == 24
+        assert not (out.tokens == model.config.mask_id).any()
+    plain, doubting = ask(), ask(revise=TakesBack())
+    assert int(doubting.nfe[0]) > int(plain.nfe[0])
+    assert int(doubting.lengths[0]) == 24
 
 
 CASES = {

@@ -185,20 +185,15 @@ def _settle(model, params, recipe: Denoise, keys, out: Pass, rows, opening=None)
         commit |= masked & (index == 0)
     if opening is not None:
         commit = jnp.where(opening[:, None], masked & (index == 0), commit)
+    if recipe.max_steps is not None:
+        commit |= masked & (state.step + 1 >= recipe.max_steps)[:, None]
 
     standing = inside & is_free & ~is_open
     replace = remask = jnp.zeros_like(commit)
     if recipe.revise is not None and not renoise:
-        replace, remask = recipe.revise.revise(
-            ReviseView(
-                view,
-                commit,
-                canvas,
-                standing,
-                window(state.logprobs, out.base, count),
-                noise(_REVISE),
-            )  # fmt: skip
-        )
+        old = window(state.logprobs, out.base, count)
+        changes = ReviseView(view, commit, canvas, standing, old, noise(_REVISE))
+        replace, remask = recipe.revise.revise(changes)
         replace, remask = replace & standing, remask & standing & ~replace
     before = _masks(state)
     if renoise:
@@ -233,8 +228,10 @@ def _settle(model, params, recipe: Denoise, keys, out: Pass, rows, opening=None)
         keep = rows[:, None]
         state = dataclasses.replace(state, previous=jnp.where(keep, choice.greedy, state.previous))
     done &= rows
-    if renoise:  # the canvas ends as the most probable tokens
-        state = write(state, out.base, choice.greedy, masked & done[:, None], choice.logprobs)
+    # A block that is done has no masks; one of uniform noise ends as the most probable tokens.
+    rest = window(state.open, out.base, count) & inside & done[:, None]
+    ending = choice.greedy if renoise else choice.written
+    state = write(state, out.base, ending, rest, choice.logprobs)
     if recipe.carry is not None:
         soft = model.apply({"params": params}, choice.probs, method="soft_embed")
         # The next block starts without.

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dllm_jax.cache import append, cut
+from dllm_jax.cache import KVCache, append, cut
 from dllm_jax.decode.state import DecodeState, gather, window
 from dllm_jax.nn.transformer import forward
 from dllm_jax.policies import Pipeline, Sliding
@@ -73,10 +73,8 @@ def whole_canvas(model, params, recipe: Denoise, state: DecodeState, rows) -> Pa
         model, params, recipe, state, state.tokens, at,
         mask=BlockMask.bidirectional(length), lengths=state.end,
     )  # fmt: skip
-    if recipe.cache != "none":
-        served = twice(recipe, rows)[None, :, None, None, None]
-        kv = jax.tree.map(lambda new, old: jnp.where(served, new, old), out.kv, state.cache.kv)
-        state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, kv=kv))
+    if recipe.cache != "none":  # all running rows are served: nobody needs the old one
+        state = dataclasses.replace(state, cache=KVCache(out.kv, state.cache.lengths))
     state = _count(state, rows, state.end)
     start = twice(recipe, state.start) - shifted(model)
     return Pass(gather(out.hidden, start, recipe.width.size), state.start, state)
@@ -207,15 +205,7 @@ def whole_block(model, params, recipe: Denoise, state: DecodeState, rows) -> tup
         model, params, recipe, state, entries, at, mask=BlockMask.bidirectional(size),
         cache=state.cache, cache_end=state.start,
     )  # fmt: skip
-    served = twice(recipe, rows)
-    # Other rows' slots there hold the keys and values of their own open block.
-    old = jax.tree.map(
-        partial(_slots, starts=twice(recipe, state.start), size=size), state.cache.kv
-    )
-    kept = jax.tree.map(
-        lambda new, old: jnp.where(served[None, :, None, None, None], new, old), out.kv, old
-    )
-    state = _store(recipe, state, kept, jnp.zeros_like(state.start))
+    state = _store(recipe, state, out.kv, jnp.zeros_like(state.start))
     hidden = _shift(out.hidden, out.hidden[:, :1]) if shifted(model) else out.hidden
     return Pass(hidden, state.start, _count(state, rows, size)), out.hidden[:, -1:]
 
@@ -291,12 +281,6 @@ def _count(state: DecodeState, rows, entries) -> DecodeState:
         nfe=state.nfe + rows,
         queries=state.queries + jnp.where(rows, entries, 0),
     )
-
-
-def _slots(kv, starts, size: int) -> jax.Array:
-    """Slots [starts[b], starts[b] + size) of [Ly, B, K, S, 2 * H]."""
-    cut_row = lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, size, axis=2)  # noqa: E731
-    return jax.vmap(cut_row, in_axes=(1, 0), out_axes=1)(kv, starts)
 
 
 def _by_length(run, needed, lengths: list[int]):
