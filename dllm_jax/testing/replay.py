@@ -260,7 +260,7 @@ def _case(folder: Folder, name: str, given: Mapping[str, Any]) -> Line:
         line = {"wrong": True, "first_difference": int(wrong[0]), "tokens_differing": len(wrong)}
     for count in ("nfe", "history_len"):
         if f"{name}_{count}" in outputs:
-            ours = int(state.nfe[0]) + case.extra_passes(state)
+            ours = int(state.nfe.max()) + case.extra_passes(state)
             line |= {"nfe": ours, "expected_nfe": int(outputs[f"{name}_{count}"])}
             line["wrong"] |= ours != line["expected_nfe"]
     return line
@@ -347,11 +347,13 @@ def _llada2(given: Mapping[str, Any], prompt: int) -> Case:
             block_size=size, threshold=threshold, edit_threshold=given["editing_threshold"],
             max_edit_steps=given["max_post_steps"],
         )  # fmt: skip
+        early = "block"
     else:
         recipe = recipes.llada2(
             block_size=size, threshold=threshold, steps_per_block=given["steps_per_block"]
         )
-    ending = "block" if given.get("eos_early_stop") else "never"
+        early = "answer"
+    ending = early if given.get("eos_early_stop") else "never"
     return Case(_whole(recipe, ending), _rounded(prompt, given["max_new_tokens"], size))
 
 
