@@ -206,7 +206,7 @@ def test_guidance_that_keeps_the_whole_prompt_is_off(model_of):
     for i, row in enumerate(rows):
         keep[i, : len(row)] = True
     guide = lambda keep: dataclasses.replace(  # noqa: E731
-        plain, guidance=recipes.Guidance(2.0, None if keep is None else jnp.asarray(keep))
+        plain, guidance=policies.Guidance(2.0, None if keep is None else jnp.asarray(keep))
     )
     ask = lambda recipe: np.asarray(  # noqa: E731
         generate(model, params, rows, recipe=recipe, max_new_tokens=BUDGET).tokens

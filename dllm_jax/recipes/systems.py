@@ -1,21 +1,11 @@
-"""Named ways to decode, as data: pytrees whose numbers are traced and whose structure is static.
+"""The named systems: each a function that returns its recipe."""
 
-    recipe = sdar(block_size=8, threshold=0.9)      # a published system, by its name
-    recipe = named("sdar", block_size=8)            # the same, from a string
-    recipe = dataclasses.replace(recipe, commit=EntropyBound(0.2))
-
-`TABLE` lists them; `to_dict` and `from_dict` write and read any recipe made of the parts here.
-"""
-
-import dataclasses
-import inspect
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
 
-from dllm_jax import policies
 from dllm_jax.ops.sampling import Sampling
 from dllm_jax.policies import (
     Ancestral,
@@ -37,77 +27,7 @@ from dllm_jax.policies import (
     StableAndConfident,
     TimeGrid,
 )
-
-
-def _static(default):
-    return dataclasses.field(default=default, metadata={"static": True})
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Verified:
-    """Tokens of the causal mode, exactly; `width` > 0 drafts them by diffusion and verifies.
-
-    Each forward pass holds the last token, `width` drafts, and `width` masks behind every outcome
-    of their verification, (width + 1) ** 2 entries in all, so drafting and checking share one pass.
-    """
-
-    width: int = _static(0)
-    sampling: Sampling = Sampling()
-
-    def __post_init__(self):
-        if isinstance(self.width, int) and self.width < 0:
-            raise ValueError(f"width={self.width} must be 0 (no drafts) or positive")
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Denoise:
-    """A row of parts plugged into the denoising loop. None switches a part off.
-
-    Caches: "none" runs every pass over the whole canvas; "prefix" keeps what is before the block
-    from the pass that opened it, "dual" what is before and behind (both approximate, for
-    bidirectional models); "exact" keeps finished blocks, which never change (block-causal and
-    causal models); "exact_sub_block" keeps the other sub-blocks of the block too, approximately.
-    """
-
-    width: Blocks | Sliding | Pipeline = Blocks(32)
-    cache: str = _static("none")
-    commit: Any = ConfidenceThreshold()  # `commit(view) -> bool[B, T]`
-    revise: Any = None  # `revise(view) -> Revision`
-    finish: Any = None  # `done(view) -> bool[B]`
-    carry: SelfConditioning | None = None
-    guidance: Guidance | None = None
-    shape: Any = None  # `shape(logits, step) -> logits`
-    sampling: Sampling = Sampling()
-    # Blocks end at multiples of their size from position 0, so the prompt's tail is part of the
-    # first; else they begin right behind the prompt.
-    aligned: bool = _static(False)
-    # Where the first token of a block comes from: None, as the others | "opening": it is all that
-    # the pass that opens the block writes | "commit": the pass that caches the block before
-    first: str | None = _static(None)
-    # Each step writes a position; the most confident, where the policy picks none.
-    progress: bool = _static(True)
-    max_steps: Any = None  # the last of so many steps of a block writes all that is left
-    # "answer": a row stops when its text is gapless up to an end-of-turn token | "block": when the
-    # block with one is done | "never"
-    ending: str = _static("answer")
-    predict_mask: bool = _static(False)  # the mask token may be written (published codes allow it)
-
-    def __post_init__(self):
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is none of {known}")
-
-
-_CHOICES = {
-    "cache": ("none", "prefix", "dual", "exact", "exact_sub_block"),
-    "first": (None, "opening", "commit"),
-    "ending": ("answer", "block", "never"),
-}
-
-Recipe = Verified | Denoise
-
+from dllm_jax.recipes.row import Denoise, Verified
 
 # Causal models, with or without a diffusion adapter
 
@@ -440,141 +360,6 @@ def diffusion_gemma(
         shape=AnnealedTemperature(_real(hot), _real(cold), steps),
         sampling=Sampling(1.0),
     )
-
-
-class Row(NamedTuple):
-    """A line of the table of recipes."""
-
-    make: Callable[..., Recipe]
-    families: tuple[str, ...]  # of `model_type`s that it is published for
-    noise: str
-    attention: str
-    logits: str  # the position whose output predicts position i
-
-
-_LLADA = ("llada", "llada_moe")
-_CAUSAL = ("llama", "qwen2", "qwen3", "qwen3_moe")
-
-TABLE: dict[str, Row] = {
-    "ar": Row(ar, _CAUSAL, "-", "causal", "i-1"),
-    "self_speculative": Row(self_speculative, _CAUSAL, "masked", "causal, canvas", "i-1"),
-    "block_diffusion": Row(block_diffusion, _CAUSAL, "masked", "causal, canvas", "i-1"),
-    "llada": Row(llada, _LLADA, "masked", "bidirectional", "i"),
-    "fast_dllm": Row(fast_dllm, _LLADA, "masked", "bidirectional", "i"),
-    "fast_dllm_prefix": Row(fast_dllm_prefix, _LLADA, "masked", "bidirectional", "i"),
-    "fast_dllm_dual": Row(fast_dllm_dual, _LLADA, "masked", "bidirectional", "i"),
-    "dream": Row(dream, ("Dream",), "masked", "bidirectional", "i-1"),
-    "dream_cached": Row(dream_cached, ("Dream",), "masked", "bidirectional", "i-1"),
-    "remdm": Row(remdm, (*_LLADA, "Dream"), "masked", "bidirectional", "as trained"),
-    "bd3lm": Row(bd3lm, ("bd3lm",), "masked", "block-causal", "i"),
-    "sdar": Row(sdar, ("sdar", "sdar_moe"), "masked", "block-causal", "i"),
-    "fast_dllm_v2": Row(fast_dllm_v2, ("Fast_dLLM_Qwen",), "masked", "block-causal", "i-1"),
-    "d2f": Row(d2f, (*_LLADA, "Dream"), "masked", "block-causal", "as trained"),
-    "llada2": Row(llada2, ("llada2_moe",), "masked", "block-causal", "i"),
-    "llada2_edit": Row(llada2_edit, ("llada2_moe",), "masked", "block-causal", "i"),
-    "diffusion_gemma": Row(
-        diffusion_gemma, ("diffusion_gemma",), "uniform", "causal, canvas", "i"
-    ),
-}  # fmt: skip
-"""Every recipe by its name."""
-
-
-def named(name: str, **options: Any) -> Recipe:
-    """A recipe by its name.
-
-    Raises:
-      ValueError: no such recipe, or it has no such option.
-    """
-    if name not in TABLE:
-        raise ValueError(f"no recipe {name!r}; there are {', '.join(TABLE)}")
-    make = TABLE[name].make
-    known = options_of(name)
-    for option in options:
-        if option not in known:
-            raise ValueError(f"recipe {name} has no option {option!r}; it has {', '.join(known)}")
-    return make(**options)
-
-
-def options_of(name: str) -> dict[str, Any]:
-    """The options of a recipe, with their defaults."""
-    found = {}
-    for parameter in inspect.signature(TABLE[name].make).parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD:  # a variant: what its original takes
-            found.update({k: v for k, v in options_of("fast_dllm").items() if k != "cache"})
-        else:
-            found[parameter.name] = parameter.default
-    return found
-
-
-def for_family(family: str) -> str:
-    """The name of the recipe that a family's published code uses.
-
-    Raises:
-      ValueError: no recipe is published for it.
-    """
-    first = {
-        row_family: name for name, row in reversed(TABLE.items()) for row_family in row.families
-    }
-    if family not in first:
-        raise ValueError(f"no recipe is known for {family!r}; give one of {', '.join(TABLE)}")
-    return first[family]
-
-
-def to_dict(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as plain data (JSON), for `from_dict`.
-
-    Raises:
-      ValueError: it has a part or a number that is not plain data (your own part, a traced value).
-    """
-    return _plain(recipe)
-
-
-def from_dict(data: Mapping[str, Any]) -> Recipe:
-    """The recipe of `to_dict`'s data.
-
-    Raises:
-      ValueError: a part or a field is unknown.
-    """
-    recipe = _part(data)
-    if not isinstance(recipe, Verified | Denoise):
-        raise ValueError(f"a recipe is Verified or Denoise, not {data.get('part')!r}")
-    return recipe
-
-
-_PARTS: dict[str, type] = {
-    "Verified": Verified,
-    "Denoise": Denoise,
-    "Sampling": Sampling,
-    **{name: getattr(policies, name) for name in policies.__all__
-       if dataclasses.is_dataclass(getattr(policies, name))},
-}  # fmt: skip
-
-
-def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, jax.Array | np.ndarray | np.generic) and not isinstance(
-        value, jax.core.Tracer
-    ):
-        return np.asarray(value).tolist()
-    if type(value) in _PARTS.values():
-        fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"part": type(value).__name__, **fields}
-    raise ValueError(f"{value!r} cannot be written: only parts of dllm_jax and plain numbers can")
-
-
-def _part(data: Any) -> Any:
-    if not isinstance(data, Mapping):
-        return data
-    fields = dict(data)
-    name = fields.pop("part", None)
-    if name not in _PARTS:
-        raise ValueError(f"unknown part {name!r}; known are {', '.join(_PARTS)}")
-    known = {f.name for f in dataclasses.fields(_PARTS[name])}
-    for field in fields:
-        if field not in known:
-            raise ValueError(f"part {name} has no field {field!r}; it has {', '.join(known)}")
-    return _PARTS[name](**{field: _part(value) for field, value in fields.items()})
 
 
 def _chosen(option: str, choice: str, known: Mapping[str, Any]) -> Any:
