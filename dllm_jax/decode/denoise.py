@@ -154,7 +154,7 @@ def _settle(model, params, recipe: Denoise, keys, out: Pass, rows, opening=None)
     inside = rows[:, None] & (at < jnp.minimum(state.reach, state.end)[:, None])
     renoise = isinstance(recipe.revise, ReNoise)
     masked = inside & (is_free if renoise else is_open)
-    if not sliding and getattr(recipe.width, "sub", 0):
+    if recipe.width.sub:
         sub = _sub_start(recipe, state)[:, None]
         masked &= (at >= sub) & (at < sub + recipe.width.sub)
     if sliding:  # what follows an end in the canvas is moot

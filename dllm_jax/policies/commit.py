@@ -7,12 +7,14 @@ say so with `progress=False`).
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
 
 from dllm_jax.typing import Number
+
+T = TypeVar("T")
 
 
 class CommitView(NamedTuple):
@@ -67,14 +69,15 @@ def best(scores: jax.Array, count: jax.Array) -> jax.Array:
     return (place < jnp.asarray(count)[..., None]) & (scores > -jnp.inf)
 
 
-def part(cls):
-    """A frozen dataclass whose fields are traced, but for those made with `static`."""
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
-
-
-def static(default):
+def static(*, default: Any) -> Any:
     """A field that is part of the program, not of its arguments."""
     return dataclasses.field(default=default, metadata={"static": True})
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(static, dataclasses.field))
+def part(cls: type[T]) -> type[T]:
+    """A frozen dataclass whose fields are traced, but for those made with `static`."""
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 
 
 @part
@@ -88,8 +91,8 @@ class Quota:
     """
 
     steps: Number = 32
-    rank: str = static("confidence")
-    per: str = static("masked")
+    rank: str = static(default="confidence")
+    per: str = static(default="masked")
 
     def __post_init__(self):
         if self.per not in ("masked", "block"):
@@ -177,7 +180,7 @@ class TimeGrid:
 
     steps: Number = 32
     eps: Number = 1e-3
-    rank: str = static("entropy")
+    rank: str = static(default="entropy")
 
     def commit(self, view: CommitView) -> jax.Array:
         t, s = grid(view.step, self.steps, self.eps), grid(view.step + 1, self.steps, self.eps)

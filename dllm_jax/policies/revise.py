@@ -63,8 +63,8 @@ class ReMDM:
 
     steps: Number = 32
     eta: Number = 0.02
-    schedule: str = static("cap")
-    by_confidence: bool = static(False)
+    schedule: str = static(default="cap")
+    by_confidence: bool = static(default=False)
 
     def __post_init__(self):
         if self.schedule not in ("cap", "rescale"):

@@ -1,5 +1,7 @@
 """How much is denoised at once, and how that moves over the text."""
 
+from typing import ClassVar
+
 from dllm_jax.policies.commit import part, static
 from dllm_jax.typing import Number
 
@@ -11,8 +13,8 @@ class Blocks:
     With `sub`, only the leftmost `sub` positions that are not done may be written (Fast-dLLM v2).
     """
 
-    size: int = static(32)
-    sub: int = static(0)
+    size: int = static(default=32)
+    sub: int = static(default=0)
 
     def __post_init__(self):
         _positive(self.size, 0)
@@ -28,7 +30,8 @@ class Sliding:
     mode would.
     """
 
-    size: int = static(4)
+    size: int = static(default=4)
+    sub: ClassVar[int] = 0
 
     def __post_init__(self):
         _positive(self.size, 1)
@@ -43,10 +46,11 @@ class Pipeline:
     position a step.
     """
 
-    size: int = static(32)
-    blocks: int = static(4)
+    size: int = static(default=32)
+    blocks: int = static(default=4)
     add: Number = 0.1
     complete: Number = 0.95
+    sub: ClassVar[int] = 0
 
     def __post_init__(self):
         _positive(self.size, 1)

@@ -45,13 +45,13 @@ _PARTS: dict[str, type] = {
 def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, jax.Array | np.ndarray | np.generic) and not isinstance(
-        value, jax.core.Tracer
-    ):
-        return np.asarray(value).tolist()
-    if type(value) in _PARTS.values():
-        fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"part": type(value).__name__, **fields}
+    name = type(value).__name__
+    if _PARTS.get(name) is type(value):
+        fields = dataclasses.fields(_PARTS[name])
+        return {"part": name, **{f.name: _plain(getattr(value, f.name)) for f in fields}}
+    number = isinstance(value, jax.Array | np.ndarray | np.generic) and not value.ndim
+    if number and not isinstance(value, jax.core.Tracer):
+        return np.asarray(value).item()
     raise ValueError(f"{value!r} cannot be written: only parts of dllm_jax and plain numbers can")
 
 

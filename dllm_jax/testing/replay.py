@@ -75,8 +75,8 @@ def _open(path: Path) -> Folder:
     else:
         weights = path.parent / source if source else path
     model, params = checkpoint.load(weights, dtype="float32", adapter=None)
-    arrays = [dict(np.load(path / f"{name}.npz")) for name in ("inputs", "outputs")]
-    return Folder(path, facts, *arrays, model, params)
+    inputs, outputs = (dict(np.load(path / f"{name}.npz")) for name in ("inputs", "outputs"))
+    return Folder(path, facts, inputs, outputs, model, params)
 
 
 def _say(error: Exception) -> str:
