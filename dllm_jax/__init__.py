@@ -15,46 +15,71 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dllm_jax import corruption, data, losses, policies, recipes, sharding, training
-    from dllm_jax.checkpoint import convert, load, load_adapter, save, save_adapter
-    from dllm_jax.decode.generate import Prompt, generate, pad, stream
+    from dllm_jax import (
+        corruption,
+        data,
+        evaluation,
+        likelihood,
+        losses,
+        policies,
+        recipes,
+        sharding,
+        training,
+    )
+    from dllm_jax.checkpoint import convert, export, load, load_adapter, save, save_adapter
+    from dllm_jax.decode.generate import Prompt, generate, infill, pad, stream
     from dllm_jax.decode.state import DecodeState, Result, result
+    from dllm_jax.generation_config import load_recipe, save_recipe
     from dllm_jax.nn.transformer import Transformer, TransformerConfig
     from dllm_jax.sharding import make_mesh
     from dllm_jax.tokenizer import Tokenizer
+    from dllm_jax.trajectory import Trajectory, record
 
 _NAMES = {
-    "checkpoint": ("convert", "load", "load_adapter", "save", "save_adapter"),
-    "decode.generate": ("Prompt", "generate", "pad", "stream"),
+    "checkpoint": ("convert", "export", "load", "load_adapter", "save", "save_adapter"),
+    "decode.generate": ("Prompt", "generate", "infill", "pad", "stream"),
     "decode.state": ("DecodeState", "Result", "result"),
+    "generation_config": ("load_recipe", "save_recipe"),
     "nn.transformer": ("Transformer", "TransformerConfig"),
     "sharding": ("make_mesh",),
     "tokenizer": ("Tokenizer",),
+    "trajectory": ("Trajectory", "record"),
 }
 _HOME = {name: room for room, names in _NAMES.items() for name in names}
-_ROOMS = ("corruption", "data", "losses", "policies", "recipes", "sharding", "training")
+_ROOMS = (
+    "corruption", "data", "evaluation", "likelihood", "losses", "policies", "recipes", "sharding",
+    "training",
+)  # fmt: skip
 
 __all__ = [
     "DecodeState",
     "Prompt",
     "Result",
     "Tokenizer",
+    "Trajectory",
     "Transformer",
     "TransformerConfig",
     "convert",
     "corruption",
     "data",
+    "evaluation",
+    "export",
     "generate",
+    "infill",
+    "likelihood",
     "load",
     "load_adapter",
+    "load_recipe",
     "losses",
     "make_mesh",
     "pad",
     "policies",
     "recipes",
+    "record",
     "result",
     "save",
     "save_adapter",
+    "save_recipe",
     "sharding",
     "stream",
     "training",

@@ -1,13 +1,18 @@
-"""Noise for training: which tokens of a text a model must restore, and what it sees of them."""
+"""Noise: which tokens of a text a model must restore, and what it sees of them.
+
+`MaskedBlocks` is for training; `MaskNoise` and `UniformNoise` are the terms of a likelihood bound.
+"""
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from dllm_jax.typing import Key
+from dllm_jax.typing import Key, Number
 
 
 class NoisyBlocks(NamedTuple):
@@ -90,3 +95,161 @@ class MaskedBlocks:
             weights=flat(weights),
             whole=flat(whole),
         )
+
+
+class NoisyText(NamedTuple):
+    """Texts under noise for one sample of a bound, in G blocks of T entries, Q = G * T."""
+
+    tokens: jax.Array  # int32[B, Q]: what the model sees
+    times: jax.Array  # float32[B, Q]: noise level of the entry's block
+    weights: jax.Array  # float32[B, Q]: of the entry's nats; 0 where nothing is to be restored
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["beta", "omega"],
+    meta_fields=["block_size", "counts"],
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskNoise:
+    """Masks over the scored positions, each block of them at a noise level of its own.
+
+    * counts "exact": of n scored positions of a block, l ~ U{1..n} are masked, weight n / l (LLaDA,
+      2502.09992, equation 6 and algorithm 3).
+    * counts "independent": each is masked with probability t ~ U(beta, omega), weight 1 / t (MDLM,
+      2406.07524, equation 11; by blocks, with clipped schedules: BD3-LM, 2503.09573, equation 8).
+
+    Both have the same mean over (0, 1), and "exact" is the other with t integrated out: no variance
+    from t, while 1 / t has an infinite one. A clipped schedule, [beta, omega] other than [0, 1],
+    is a training objective: its mean is no bound, but in blocks of one, where any gives the exact
+    likelihood (each count is 1, or each probability cancels its weight).
+    """
+
+    block_size: int = 0  # 0: one block, the whole text (bidirectional models)
+    counts: str = "exact"
+    beta: Number = 0.0
+    omega: Number = 1.0
+
+    def __post_init__(self):
+        if self.counts not in ("exact", "independent"):
+            raise ValueError(f"counts={self.counts!r} is neither exact nor independent")
+        if self.block_size < 0:
+            raise ValueError(f"block_size={self.block_size} must be positive, or 0 for all")
+        if not all(isinstance(x, int | float) for x in (self.beta, self.omega)):
+            return
+        if not 0 <= self.beta <= self.omega <= 1:
+            raise ValueError(f"needs 0 <= beta <= omega <= 1, got {self.beta}, {self.omega}")
+        if self.counts == "exact" and (self.beta, self.omega) != (0, 1):
+            raise ValueError('a clipped schedule needs counts="independent"')
+
+    def draw(
+        self,
+        chance: Callable[[int], Array],
+        levels: Float[Array, "B G"],
+        tokens: Int[Array, "B G T"],
+        scored: Bool[Array, "B G T"],
+        behind: Bool[Array, "B G T"],
+        config: Any,
+    ) -> NoisyText:
+        """One sample of the noise.
+
+        Args:
+          chance: `chance(stream)` is float32[B, G, T], uniform in [0, 1), and independent of that
+            of another stream.
+          levels: uniform in [0, 1].
+          tokens: the clean text.
+          scored: positions whose tokens the bound is about; the others are given.
+          behind: positions behind the text, of which nothing is known: they stay masks.
+          config: the model's.
+        """
+        total = scored.sum(axis=-1)
+        if self.counts == "exact":
+            count = jnp.clip(jnp.floor(levels * total).astype(jnp.int32) + 1, 1, total)
+            order = jnp.argsort(jnp.where(scored, chance(0), 2.0), axis=-1)
+            masked = scored & (jnp.argsort(order, axis=-1) < count[..., None])
+            times = count / jnp.maximum(total, 1)
+        else:
+            times = self.beta + (self.omega - self.beta) * levels
+            masked = scored & (chance(0) < times[..., None])
+        weights = jnp.where(masked, 1 / jnp.where(masked, times[..., None], 1.0), 0.0)
+        noisy = jnp.where(masked | behind, config.mask_id, tokens)
+        return _flat(noisy, times, weights)
+
+    def score(
+        self,
+        logits: Float[Array, "V"],
+        clean: Int[Array, ""],
+        noisy: Int[Array, ""],
+        time: Float[Array, ""],
+    ) -> Float[Array, ""]:
+        """What an entry adds to the bound, before its weight: the clean token's log-probability."""
+        return jax.nn.log_softmax(logits)[clean]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["block_size"])
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UniformNoise:
+    """Random tokens of the whole vocabulary in place of the text's, with probability t.
+
+    The bound in continuous time of Schiff et al. 2024 (UDLM, arXiv 2412.10193, equation 18; SEDD's
+    uniform case is the same process), for a model that predicts the clean token. With V tokens,
+    a = 1 - t, x = V a onehot(clean) + t and y = V a probs + t, an entry that shows token z costs,
+    a unit of time,
+
+        1 / (a V) * (V / y[z] - V / x[z] + sum over j of x[j] / x[z] log(x[j] y[z] / (x[z] y[j])))
+
+    Times are drawn as t = u ** 2, u uniform, and weighed by 2 u: where t is small a wrong token is
+    rare and costs 1 / t, and uniform times would give an infinite variance.
+    """
+
+    block_size: int = 0  # 0: one block, the whole text (bidirectional models)
+
+    def __post_init__(self):
+        if self.block_size < 0:
+            raise ValueError(f"block_size={self.block_size} must be positive, or 0 for all")
+
+    def draw(
+        self,
+        chance: Callable[[int], Array],
+        levels: Float[Array, "B G"],
+        tokens: Int[Array, "B G T"],
+        scored: Bool[Array, "B G T"],
+        behind: Bool[Array, "B G T"],
+        config: Any,
+    ) -> NoisyText:
+        """One sample of the noise, as `MaskNoise.draw`; what is behind the text is all noise."""
+        levels = jnp.clip(levels, 1e-6, 1 - 1e-6)
+        times = levels**2
+        noised = behind | (scored & (chance(0) < times[..., None]))
+        pick = (chance(1) * config.vocab_size).astype(jnp.int32)
+        noisy = jnp.where(noised, jnp.minimum(pick, config.vocab_size - 1), tokens)
+        return _flat(noisy, times, jnp.where(scored, 2 * levels[..., None], 0.0))
+
+    def score(
+        self,
+        logits: Float[Array, "V"],
+        clean: Int[Array, ""],
+        noisy: Int[Array, ""],
+        time: Float[Array, ""],
+    ) -> Float[Array, ""]:
+        """What an entry adds to the bound, before its weight: minus the rate of its divergence."""
+        vocab, alpha = logits.shape[-1], 1 - time
+        most = vocab * alpha + time  # x of the clean token; of the others it is `time`
+        logs = jnp.log(vocab * alpha * jax.nn.softmax(logits) + time)  # log y
+        shown, true = logs[noisy], logs[clean]
+        gap = jnp.log(most) - jnp.log(time)
+        rest = logs.sum() - shown
+        right = time / most * ((vocab - 1) * (shown - gap) - rest) - vocab / most
+        wrong = (
+            most / time * (gap + shown - true)
+            + (vocab - 2) * shown - (rest - true) - vocab / time
+        )  # fmt: skip
+        rate = jnp.where(noisy == clean, right, wrong) + vocab / jnp.exp(shown)
+        return -rate / (vocab * alpha)
+
+
+def _flat(noisy, times, weights) -> NoisyText:
+    """Blocks [B, G, T], with times [B, G], side by side."""
+    times = jnp.broadcast_to(times[..., None], noisy.shape)
+    flat = lambda x: x.reshape(len(x), -1)  # noqa: E731
+    return NoisyText(flat(noisy), flat(times), flat(weights))

@@ -6,18 +6,25 @@ Three views with one face, `show(frame)` and `close()`: `LiveView` redraws a ter
 prints a line a step, `TextView` prints text once it is final.
 """
 
+import itertools
 import re
 import sys
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
+import jax
 import numpy as np
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-Kind = Literal["text", "new", "mask", "draft"]
+from dllm_jax.decode.state import DecodeState
+from dllm_jax.recipes import Recipe, Verified
+
+# Final text; written, but not final yet; written in this step; replaced in it; masked; masked
+# again in this step; random (uniform noise); guessed (speculation).
+Kind = Literal["text", "loose", "new", "edit", "mask", "remask", "noise", "draft"]
 Decode = Callable[[Sequence[int]], str]
 
 
@@ -30,18 +37,22 @@ class Out(Protocol):
 
 
 _SHADE = " ░░░"  # a masked position: about the size of a word
-_STYLE = {"text": "", "new": "bold green", "mask": "dim", "draft": "dim italic"}
-_PLAIN = {"text": "{}{}", "new": "{}[{}]", "mask": "{}{}", "draft": "{}({})"}
+_STYLE = {
+    "text": "", "loose": "", "new": "bold green", "edit": "bold yellow", "mask": "dim",
+    "remask": "yellow", "noise": "dim", "draft": "dim italic",
+}  # fmt: skip
+_MARKS = {"new": "[]", "edit": "{}", "draft": "()"}  # around a kind where there are no colours
 _HALF = "\N{REPLACEMENT CHARACTER}"  # half of a character: the rest comes with the next token
 
 
 class Frame(NamedTuple):
     """One step of a batch, on the host."""
 
-    tokens: np.ndarray  # int32[B, L]: prompt, answer, and mask_id where the canvas is not written
+    tokens: np.ndarray  # int32[B, L]: prompt, answer, and noise where the canvas is not written
+    open: np.ndarray  # bool[B, L]: where it is not
     prompt: np.ndarray  # int32[B]: tokens of the prompt
     written: np.ndarray  # int32[B]: tokens that are final and gapless, prompt included
-    ends: np.ndarray  # int32[B]: where the canvas ends
+    ends: np.ndarray  # int32[B]: where the canvas ends that the model sees
     drafts: np.ndarray  # int32[B, W]: guesses at what follows `written`
     stop: np.ndarray  # int32[B]: 0 while the row is running
     nfe: np.ndarray  # int32[B]: forward passes so far
@@ -53,15 +64,42 @@ class Frame(NamedTuple):
         """The final, gapless ids of a row."""
         return self.tokens[row, self.prompt[row] : self.written[row]]
 
-    def canvas(self, row: int) -> np.ndarray:
-        """The ids of a row's answer up to the end of its canvas, mask_id where nothing is written.
+    def extent(self, row: int) -> slice:
+        """The positions of a row's answer up to the end of its canvas.
 
         What lies behind an end-of-turn token is not part of it.
         """
-        running = not self.stop[row]
-        ids = self.tokens[row, self.prompt[row] : self.ends[row] if running else self.written[row]]
-        ends = np.flatnonzero(np.isin(ids, self.eos_ids))
-        return ids[: ends[0] + 1] if len(ends) else ids
+        start = int(self.prompt[row])
+        end = int(self.written[row] if self.stop[row] else self.ends[row])
+        there = ~self.open[row, start:end]
+        (ends,) = np.nonzero(np.isin(self.tokens[row, start:end], self.eos_ids) & there)
+        return slice(start, start + int(ends[0]) + 1 if len(ends) else end)
+
+    def kinds(self, row: int, before: "Frame | None") -> list[Kind]:
+        """The kind of each position of the extent; what is new is what `before` did not have."""
+        here = self.extent(row)
+        tokens, is_open = self.tokens[row, here], self.open[row, here]
+        final = np.arange(here.start, here.stop) < self.written[row]
+        found = np.where(final, "text", "loose").astype(object)
+        was_open = np.ones_like(is_open) if before is None else before.open[row, here]
+        if before is not None:
+            found[before.tokens[row, here] != tokens] = "edit"
+        found[was_open] = "new"
+        found[is_open] = np.where(tokens[is_open] == self.mask_id, "mask", "noise")
+        found[is_open & ~was_open] = "remask"
+        return found.tolist()
+
+
+def frame(state: DecodeState, recipe: Recipe, eos_ids: tuple[int, ...]) -> Frame:
+    """A state as it is shown; waits for its pass."""
+    names = ("tokens", "open", "prompt", "written", "drafts", "stop", "nfe", "queries")
+    host = jax.device_get({name: getattr(state, name) for name in (*names, "reach", "limit")})
+    reach, limit = host.pop("reach"), host.pop("limit")
+    if isinstance(recipe, Verified):
+        ends = host["written"]
+    else:
+        ends = limit if recipe.cache in ("none", "prefix", "dual") else np.minimum(reach, limit)
+    return Frame(**host, ends=ends, mask_id=state.mask_id, eos_ids=eos_ids)
 
 
 class Segment(NamedTuple):
@@ -73,21 +111,17 @@ class Segment(NamedTuple):
 
 def segments(decode: Decode, frame: Frame, row: int, before: Frame | None) -> list[Segment]:
     """The text of a row, cut where the kind changes; "new" is what `before` did not have."""
-    ids = frame.canvas(row)
-    old = np.zeros(len(ids), bool)
-    if before is not None:
-        earlier = before.canvas(row)[: len(ids)]
-        old[: len(earlier)] = (earlier == ids[: len(earlier)]) & (earlier != before.mask_id)
-    kinds: list[Kind] = ["text" if o else "new" for o in old]
-    kinds = ["mask" if i == frame.mask_id else k for i, k in zip(ids, kinds, strict=True)]
+    ids, kinds = frame.tokens[row, frame.extent(row)], frame.kinds(row, before)
+    hidden = [kind in ("mask", "remask") for kind in kinds]
     found: list[Segment] = []
     at = 0
     while at < len(ids):
         end = at
-        while end < len(ids) and (kinds[end] == "mask") == (kinds[at] == "mask"):
+        while end < len(ids) and hidden[end] == hidden[at]:
             end += 1
-        if kinds[at] == "mask":
-            found.append(Segment(_SHADE * (end - at), "mask"))
+        if hidden[at]:
+            runs = itertools.groupby(kinds[at:end])
+            found += [Segment(_SHADE * len(list(run)), kind) for kind, run in runs]
         else:
             found += _cut(decode, ids[at:end].tolist(), kinds[at:end])
         at = end
@@ -114,7 +148,7 @@ def clean(text: str) -> str:
 
 
 class View:
-    """A context manager that closes itself."""
+    """A context manager that closes itself. This one shows nothing."""
 
     keeps = False  # whether the answer stays where it was shown, so that nobody need print it again
     skips = False  # whether it is enough to see the newest frame
@@ -132,7 +166,6 @@ class View:
 
     def show(self, frame: Frame) -> None:
         """Shows a step."""
-        raise NotImplementedError
 
     def close(self) -> None:
         """Takes the view down."""
@@ -173,7 +206,7 @@ class LiveView(View):
             lines = self._wrap(text)
             if self.keeps:
                 stable = "".join(part.text for part in _leading(parts))
-                self._scroll(len(self._wrap(Text(stable))) - 1, lines)
+                self._scroll(max(len(self._wrap(Text(stable))) - 1, 0), lines)
                 lines = lines[self._printed :]
             if rows > 1:
                 drawn.append(Text(f"[{row + 1}]", style="dim"))
@@ -209,13 +242,17 @@ def _leading(parts: list[Segment]) -> list[Segment]:
 
 
 def _status(frame: Frame) -> str:
-    tokens = int((frame.written - frame.prompt).sum())
+    shown = [frame.open[row, frame.extent(row)] for row in range(len(frame.stop))]
+    tokens = sum(int((~is_open).sum()) for is_open in shown)
     rate = tokens / max(int(frame.nfe.sum()), 1)
     return f"pass {int(frame.nfe.max())}, {tokens} tokens, {rate:.2f} tokens per forward"
 
 
 class LineView(View):
-    """One line a step, for logs: new tokens in [], drafts in (), masked positions shaded."""
+    """One line a step, for logs.
+
+    New tokens are in [], replaced ones in {}, drafts in (), and masked positions shaded.
+    """
 
     def __init__(self, file: Out, decode: Decode, *, width: int = 100):
         self._file, self._decode, self._width = file, decode, width
@@ -237,7 +274,8 @@ class LineView(View):
 
 def _plain(part: Segment) -> str:
     word = part.text.lstrip(" ")
-    return _PLAIN[part.kind].format(" " * (len(part.text) - len(word)), word)
+    left, right = _MARKS.get(part.kind, ("", ""))
+    return " " * (len(part.text) - len(word)) + left + word + right
 
 
 class TextView(View):

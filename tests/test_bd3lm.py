@@ -15,7 +15,6 @@ from dllm_jax.cache import append, cut
 from dllm_jax.checkpoint import export, load, save
 from dllm_jax.losses import subs_loss
 from dllm_jax.models import bd3lm
-from dllm_jax.models.export import published_tensors
 from dllm_jax.nn.dit import DiTConfig
 from dllm_jax.nn.tree import param_axes, param_shapes
 from pallas_kernels import BlockMask
@@ -34,6 +33,7 @@ def random_params(config, seed=0):
 
 
 PARAMS = random_params(CONFIG)
+INV_FREQ = "backbone.rotary_emb.inv_freq"
 
 
 @partial(jax.jit, static_argnums=0, static_argnames=("mask",))
@@ -84,29 +84,55 @@ def test_loss_matches_the_published_code(goldens: Path):
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
-def test_folders_both_ways(goldens: Path, tmp_path: Path):
-    """Published names to ours and back are bit-equal; so is a folder of ours."""
+def test_a_folder_of_ours(goldens: Path, tmp_path: Path):
     model, params = golden(goldens / "bd3lm")
-    stored = load_file(goldens / "bd3lm" / "model.safetensors")
-    again = published_tensors(model.config, params)
-    said_elsewhere = {"backbone.rotary_emb.inv_freq", "sampling_eps_min", "sampling_eps_max"}
-    assert stored.keys() - again.keys() == said_elsewhere
-    for name, tensor in again.items():
-        np.testing.assert_array_equal(tensor, stored[name])
     save(tmp_path / "ours", model, params)
-    export(tmp_path / "theirs", model, params)
-    for folder in ("ours", "theirs"):
-        same, values = load(tmp_path / folder)
-        assert same.config == model.config
-        jax.tree.map(np.testing.assert_array_equal, values, params)
+    same, values = load(tmp_path / "ours")
+    assert same.config == model.config
+    jax.tree.map(np.testing.assert_array_equal, values, params)
 
 
-def test_the_authors_own_names_are_read(goldens: Path, tmp_path: Path):
-    stored = load_file(goldens / "bd3lm" / "model.safetensors")
-    bare = {name.removeprefix("backbone."): tensor for name, tensor in stored.items()}
-    save_file(bare, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text((goldens / "bd3lm" / "config.json").read_text())
-    jax.tree.map(np.testing.assert_array_equal, load(tmp_path)[1], golden(goldens / "bd3lm")[1])
+def rewritten(goldens: Path, folder: Path, rename=str, drop=(), **changes) -> Path:
+    """The published folder with other tensors."""
+    folder.mkdir(exist_ok=True)
+    stored = load_file(goldens / "bd3lm" / "model.safetensors") | changes
+    kept = {rename(name): tensor for name, tensor in stored.items() if name not in drop}
+    save_file(kept, folder / "model.safetensors")
+    (folder / "config.json").write_text((goldens / "bd3lm" / "config.json").read_text())
+    return folder
+
+
+@pytest.mark.parametrize("drop", [(), (INV_FREQ, "sampling_eps_min", "sampling_eps_max")])
+def test_the_authors_own_names_are_read(goldens: Path, tmp_path: Path, drop: tuple):
+    """Theirs lack the "backbone."; exported, they are named as the Hugging Face models are."""
+    model, params = golden(goldens / "bd3lm")
+    bare = rewritten(goldens, tmp_path / "own", lambda n: n.removeprefix("backbone."), drop)
+    same, values = load(bare)
+    assert same.config == model.config
+    jax.tree.map(np.testing.assert_array_equal, values, params)
+    export(tmp_path / "theirs", same, values)
+    names = (load_file(f / "model.safetensors").keys() for f in (tmp_path / "theirs", goldens / "bd3lm"))
+    assert len({frozenset(found) for found in names}) == 1
+
+
+def test_noise_levels_are_those_of_the_tensors(goldens: Path, tmp_path: Path):
+    """Training moves them, and config.json stays behind."""
+    learned = np.array(0.45, np.float32)
+    model, params = load(rewritten(goldens, tmp_path / "moved", sampling_eps_min=learned))
+    assert (model.config.noise_min, model.config.noise_max) == (float(learned), 0.999)
+    export(tmp_path / "back", model, params)
+    assert json.loads((tmp_path / "back" / "config.json").read_text())[
+        "sampling_eps_min"
+    ] == float(learned)
+    assert load_file(tmp_path / "back" / "model.safetensors")["sampling_eps_min"] == learned
+
+
+def test_frequencies_of_another_model_are_refused(goldens: Path, tmp_path: Path):
+    wrong = {INV_FREQ: np.full(8, 0.5, np.float32)}
+    with pytest.raises(ValueError, match=r"'backbone.rotary_emb.inv_freq' is \[0.5 0.5 ... 0.5 0.5"):
+        load(rewritten(goldens, tmp_path, **wrong))
+    with pytest.raises(ValueError, match="belong to another model"):
+        load(rewritten(goldens, tmp_path, **{INV_FREQ: np.ones(4, np.float32)}))
 
 
 # Configs
@@ -183,18 +209,20 @@ def test_remat_and_noise_level_zero_change_no_number():
     np.testing.assert_array_equal(plain, at(0))
     assert not np.allclose(plain, at(1), atol=1e-3)
 
-    def total(params, config):
+    @partial(jax.jit, static_argnums=1)
+    @jax.grad
+    def gradient(params, config):
         return jnp.square(apply(config, params, tokens).hidden).sum()
 
-    grads = (jax.grad(total)(PARAMS, dataclasses.replace(CONFIG, remat=on)) for on in (False, True))
+    grads = (gradient(PARAMS, dataclasses.replace(CONFIG, remat=on)) for on in (False, True))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), *grads)
 
 
 def test_a_fresh_model_is_the_identity_between_embedding_and_head():
-    params = CONFIG.build().init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    tokens = jnp.array([[3, 4, 5, 6]])
+    params = jax.jit(CONFIG.build().init)(jax.random.key(0), tokens)["params"]
     assert jax.tree.structure(params) == jax.tree.structure(param_shapes(CONFIG))
     jax.tree.map(lambda p, a: None, params, param_axes(CONFIG))
-    tokens = np.array([[3, 4, 5, 6]])
     x = params["embed"][tokens]
     x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + CONFIG.norm_eps)
     np.testing.assert_allclose(apply(CONFIG, params, tokens).hidden, x, atol=1e-5)
@@ -207,7 +235,7 @@ def test_written_tokens_and_the_mask_token_count_nothing():
     masked = np.array([[True, False, False], [True, True, False]])
     t = np.array([[0.5] * 3, [0.25] * 3], np.float32)
     told = map(jnp.asarray, (targets, masked, t))
-    value, grads = jax.value_and_grad(subs_loss)(logits, *told, mask_id=4)
+    value, grads = jax.jit(jax.value_and_grad(partial(subs_loss, mask_id=4)))(logits, *told)
     log = np.asarray(jax.nn.log_softmax(logits[..., :4]))
     expected = -(log[0, 0, 0] / 0.5 + (log[1, 0, 2] + log[1, 1, 3]) / 0.25) / 6
     np.testing.assert_allclose(value, expected, rtol=1e-6)

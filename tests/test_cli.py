@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-from rich.console import Console
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from dllm_jax import checkpoint
@@ -27,12 +26,11 @@ from dllm_jax.cli import main, program
 from dllm_jax.cli.answering import Clock
 from dllm_jax.cli.background import background
 from dllm_jax.cli.describe import activation_bytes, counts
-from dllm_jax.cli.options import Chat, Convert, Generate, Info
+from dllm_jax.cli.options import Chat, Convert, Generate, Info, Recipes
 from dllm_jax.nn.adapters import AdapterConfig
 from dllm_jax.nn.transformer import Transformer, TransformerConfig
 from dllm_jax.nn.tree import param_shapes
 from dllm_jax.tokenizer import Tokenizer
-from dllm_jax.watch import Frame, LineView, LiveView, TextView, clean, segments
 from pallas_kernels import BlockMask
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,7 +98,8 @@ def run(folder, monkeypatch, capsys):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "set")
 
     def call(command: str, *arguments: str) -> tuple[int, str, str]:
-        model = ["--model", str(folder)] if command in ("generate", "chat") else []
+        asks = command in ("generate", "chat") and "--model" not in arguments
+        model = ["--model", str(folder)] if asks else []
         code = main([command, *arguments, *model])
         return code, *capsys.readouterr()
 
@@ -119,7 +118,13 @@ def start(*arguments: str, cache: Path, **options) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize(
     ("name", "command"),
-    {"generate": Generate, "chat": Chat, "convert": Convert, "info": Info}.items(),
+    {
+        "generate": Generate,
+        "chat": Chat,
+        "convert": Convert,
+        "info": Info,
+        "recipes": Recipes,
+    }.items(),
 )
 def test_help(name: str, command: type, capsys):
     with pytest.raises(SystemExit) as error:
@@ -127,7 +132,7 @@ def test_help(name: str, command: type, capsys):
     assert error.value.code == 0
     text = " ".join(re.sub(r"[^\x20-\x7e\n]", " ", capsys.readouterr().out).split())
     assert command.__doc__.split(".")[0] in text
-    flags = re.findall(r"(?<= )(?:--[a-z-]+|PROMPT \.\.\.|SOURCE|FOLDER|MODEL)(?= )", text)
+    flags = re.findall(r"(?<= )(?:--[a-z-]+|PROMPT \.\.\.|SOURCE|FOLDER|MODEL|NAME)(?= )", text)
     assert len(set(flags)) >= len(dataclasses.fields(command)) - 1
     # Every flag is followed by words of its own.
     assert not re.search(r"--[a-z-]+( [A-Z]+)? \(default", text)
@@ -139,7 +144,7 @@ def test_help_of_all(capsys):
             main(arguments)
         assert error.value.code == 0
         listed = capsys.readouterr().out
-        assert all(name in listed for name in ("generate", "chat", "convert", "info"))
+        assert all(name in listed for name in ("generate", "chat", "convert", "info", "recipes"))
 
 
 def test_version(capsys):
@@ -175,7 +180,8 @@ def test_help_needs_no_jax():
         ([], "give a prompt"),
         (["-", "-"], "once"),
         (["  "], "empty"),
-        (["x", "--adapter", "none"], "--mode ar"),
+        (["x", "--adapter", "none", "--mode", "diffusion"], "--mode ar"),
+        (["x", "--adapter", "none", "--width", "3"], "--mode ar"),
         (["x", "--adapter", "/nowhere"], "/nowhere"),
     ],
 )
@@ -248,7 +254,7 @@ def test_json(run, folder):
         assert row["tokens"] == row["forwards"] == len(row["ids"]) == 6
         assert row["tokens_per_forward"] == 1
         assert row["overhead"] == row["queries"] / 6
-        assert (row["stop"], row["mode"]) == ("length", "ar")
+        assert (row["stop"], row["recipe"]) == ("length", "ar")
         assert row["run_seconds"] > 0
         assert row["compile_seconds"] >= 0
     alone = json.loads(run("generate", prompts[0], *options)[1])
@@ -441,8 +447,10 @@ def test_info_reads_the_model_card(run, folder, tmp_path):
 
 def test_counts_are_those_of_the_tree():
     found = counts(CONFIG)
-    assert sum(found.values()) == sum(leaf.size for leaf in jax.tree.leaves(param_shapes(CONFIG)))
-    assert found["embedding"] == found["head"] == CONFIG.vocab_size * CONFIG.dim
+    leaves = jax.tree.leaves(param_shapes(CONFIG))
+    assert sum(share.count for share in found.values()) == sum(leaf.size for leaf in leaves)
+    assert found["embedding"] == found["head"]
+    assert found["embedding"].count == CONFIG.vocab_size * CONFIG.dim
 
 
 def test_activations_are_about_what_the_compiler_allocates():
@@ -459,7 +467,8 @@ def test_activations_are_about_what_the_compiler_allocates():
         jax.jit(one_pass).lower(param_shapes(config), tokens, empty.kv, empty.lengths).compile()
     )
     memory = compiled.memory_analysis()
-    layer = 4 * (counts(config)["attention"] + counts(config)["mlp"]) // config.num_layers
+    found = counts(config)
+    layer = (found["attention"].bytes + found["mlp"].bytes) // config.num_layers
     held = memory.temp_size_in_bytes + memory.output_size_in_bytes - layer
     assert activation_bytes(config, batch, context, block) == pytest.approx(held, rel=0.4)
 
@@ -499,89 +508,3 @@ def test_background():
         time.sleep(0.01)
     assert seen[-1] == 99  # the last is never skipped
     assert seen == sorted(seen)
-
-
-def frame(ids: list[int], *, written: int, drafts: tuple[int, ...] = (), stop: int = 0) -> Frame:
-    """An answer of one row behind a prompt of two tokens."""
-    array = np.array
-    return Frame(
-        tokens=array([[1, 2, *ids]]), prompt=array([2]), written=array([2 + written]),
-        ends=array([2 + len(ids)]), drafts=array([drafts]), stop=array([stop]), nfe=array([1]),
-        queries=array([1]), mask_id=258, eos_ids=(END,),
-    )  # fmt: skip
-
-
-def test_segments():
-    tokenizer = byte_tokenizer()
-    ids = tokenizer.encode("aé")  # é is two tokens
-    before = frame([ids[0], 258, 258, 258], written=1)
-    half = frame([*ids[:2], 258, ids[0]], written=2)
-    whole = frame([*ids, ids[0]], written=4)
-    assert [tuple(s) for s in segments(tokenizer.decode, before, 0, None)] == [
-        ("a", "new"),
-        (" ░░░ ░░░ ░░░", "mask"),
-    ]
-    assert [s.kind for s in segments(tokenizer.decode, half, 0, before)] == ["text", "mask", "new"]
-    assert [tuple(s) for s in segments(tokenizer.decode, whole, 0, half)] == [
-        ("a", "text"),
-        ("é", "new"),
-        ("a", "text"),
-    ]
-    drafted = frame(ids, written=3, drafts=tuple(ids))
-    assert segments(tokenizer.decode, drafted, 0, drafted)[-1] == ("aé", "draft")
-    behind_the_end = frame([ids[0], END, 258, ids[0]], written=2)
-    assert segments(tokenizer.decode, behind_the_end, 0, None) == [("a", "new")]
-
-
-def test_clean():
-    assert clean("a\x1b[2Jb\r\nc\td\x07\x9b") == "a[2Jb\nc\td"
-
-
-def test_live_view_leaves_the_answer():
-    tokenizer = byte_tokenizer()
-    text = "The quick brown fox jumps over the lazy dog, twice.\n\nThen it rests."
-    ids = tokenizer.encode(text)
-    file = io.StringIO()
-    console = Console(file=file, force_terminal=True, width=20, height=8, _environ={})
-    with LiveView(console, tokenizer.decode, 1, keeps=True) as view:
-        for done in range(1, len(ids) + 1, 3):
-            view.show(frame(ids[:done] + [258] * 4, written=done))
-        view.show(frame(ids, written=len(ids), stop=1))
-    assert view.keeps
-    assert "\x1b[32m" in file.getvalue() or ";32m" in file.getvalue()  # what is new stands out
-    assert file.getvalue().count("\x1b[?25l") == file.getvalue().count("\x1b[?25h")
-    assert screen(file.getvalue()) == [
-        "The quick brown fox", "jumps over the lazy", "dog, twice.", "", "Then it rests.",
-    ]  # fmt: skip
-
-
-def screen(output: str) -> list[str]:
-    """What a terminal shows after `output`: its lines, colours left out."""
-    lines, row = [""], 0
-    for code, char in re.findall(r"\x1b\[([\d;?]*[A-Za-z])|([^\x1b])", output, re.DOTALL):
-        if char == "\n":
-            row += 1
-            lines += [""] * (row + 1 - len(lines))
-        elif code.endswith("A"):
-            row -= int(code[:-1])
-        elif code == "2K":
-            lines[row] = ""
-        elif char and char != "\r":
-            lines[row] += char
-    while lines and not lines[-1].strip():
-        lines.pop()
-    return [line.rstrip() for line in lines]
-
-
-def test_line_view_and_text_view():
-    tokenizer = byte_tokenizer()
-    ids = tokenizer.encode("one\ntwö")
-    for kind, expected in (
-        (LineView, ["   1  [one\\nt] ░░░", "   1  one\\nt[wö]"]),
-        (TextView, ["one", "twö"]),
-    ):
-        file = io.StringIO()
-        with kind(file, tokenizer.decode) as view:
-            view.show(frame([*ids[:5], 258], written=5))
-            view.show(frame(ids, written=len(ids), stop=1))
-        assert file.getvalue().splitlines() == expected

@@ -1,4 +1,4 @@
-"""The published families: their code's logits, their names to the bit, their sizes."""
+"""The published families: their code's logits, and their sizes."""
 
 import dataclasses
 from functools import partial
@@ -8,11 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
-from dllm_jax.checkpoint import export, load
+from dllm_jax.checkpoint import load
 from dllm_jax.models import registry
-from dllm_jax.models.export import published_tensors
 from dllm_jax.nn.transformer import TransformerConfig, forward, logits_of
 from dllm_jax.nn.tree import param_shapes
 from pallas_kernels import BlockMask
@@ -21,7 +19,6 @@ from pallas_kernels import BlockMask
 # architecture's own mask.
 GOLDENS = {
     "llada": {"logits": 0},
-    "d2f": {},
     "dream": {"logits": 0},
     "sdar": {"logits_block4": 0, "logits_causal": 1},
     "fast_dllm_v2": {"logits_block8": 8, "logits_causal": 1},
@@ -32,7 +29,7 @@ GOLDENS = {
 
 
 @pytest.mark.parametrize("name", GOLDENS)
-def test_published_code_and_names(goldens: Path, tmp_path: Path, name: str):
+def test_logits_match_the_published_code(goldens: Path, name: str):
     folder = goldens / name
     model, params = load(folder)
 
@@ -46,18 +43,6 @@ def test_published_code_and_names(goldens: Path, tmp_path: Path, name: str):
         tokens = np.load(folder / "inputs.npz")["tokens"].astype(np.int32)
         got = logits(jnp.asarray(tokens), block)
         np.testing.assert_allclose(got, outputs[key], atol=1e-4, rtol=0)
-
-    theirs = load_file(folder / "model.safetensors")
-    ours = published_tensors(model.config, params)
-    assert ours.keys() == theirs.keys()
-    for tensor, value in theirs.items():
-        assert ours[tensor].dtype == value.dtype
-        np.testing.assert_array_equal(ours[tensor], value)
-
-    export(tmp_path / "back", model, params)
-    again, restored = load(tmp_path / "back")
-    assert again == model
-    jax.tree.map(np.testing.assert_array_equal, params, restored)
 
 
 @pytest.mark.parametrize(

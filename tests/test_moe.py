@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from dllm_jax.cache import append
 from dllm_jax.nn.transformer import TransformerConfig, forward
 from dllm_jax.nn.tree import param_axes, param_shapes
-from dllm_jax.ops.moe import MoEConfig, experts, route
+from dllm_jax.ops import moe
+from dllm_jax.ops.grouped import rows_per_tile, tiles
+from dllm_jax.ops.moe import MoEConfig, Stack, experts, route
 from dllm_jax.sharding import make_mesh, shardings
 from dllm_jax.testing import tiny
 from pallas_kernels import BlockMask
@@ -31,6 +33,10 @@ def pairs(seed: int):
     return jnp.asarray(chosen, jnp.int32), jnp.asarray(weights)
 
 
+grouped = jax.jit(experts)
+
+
+@jax.jit
 def every_expert(x, chosen, weights, gate, up, down):
     """Each expert on each token; those that were not chosen weigh nothing."""
     out = jnp.einsum("td,edf->tef", x, gate)
@@ -40,48 +46,87 @@ def every_expert(x, chosen, weights, gate, up, down):
     return jnp.einsum("ted,te->td", out, table)
 
 
+# What CPUs, GPUs and TPUs run: tiles one by one, several in a step, and `lax.ragged_dot`.
+FORMS = {
+    "one": partial(moe._tiled, 1),
+    "three": partial(moe._tiled, 3),
+    "ragged": moe._ragged,
+}
+
+
+@partial(jax.jit, static_argnames=("form",))
+def mixture(x, chosen, weights, gate, up, down, form="one"):
+    stack = Stack(jnp.int32(0), gate[None], up[None], down[None])
+    return FORMS[form](jax.nn.silu, x, chosen, weights, (gate, up, down), stack)
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("seed", range(3))
-def test_grouped_equals_every_expert_on_every_token(seed: int):
+def test_grouped_equals_every_expert_on_every_token(seed: int, form: str):
     chosen, weights = pairs(seed)
-    got = experts(X, chosen, weights, GATE, UP, DOWN)
+    got = mixture(X, chosen, weights, GATE, UP, DOWN, form=form)
     want = every_expert(X, chosen, weights, GATE, UP, DOWN)
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
-def test_gradients_are_those_of_the_dense_form():
+def gradients(run, chosen):
+    def loss(x, weights, *matrices):
+        return jnp.square(run(x, chosen, weights, *matrices)).sum()
+
+    return jax.jit(jax.grad(loss, argnums=range(5)))
+
+
+@pytest.mark.parametrize("form", [*FORMS, "experts"])
+def test_gradients_are_those_of_the_dense_form(form: str):
     chosen, weights = pairs(4)
-
-    def loss(mixture, x, weights, gate, up, down):
-        return jnp.square(mixture(x, chosen, weights, gate, up, down)).sum()
-
+    run = experts if form == "experts" else partial(mixture, form=form)
     inputs = X, weights, GATE, UP, DOWN
-    got, want = (
-        jax.jit(jax.grad(partial(loss, mixture), argnums=range(5)))(*inputs)
-        for mixture in (experts, every_expert)
-    )
+    got, want = (gradients(f, chosen)(*inputs) for f in (run, every_expert))
     for a, b in zip(got, want, strict=True):
         assert np.isfinite(a).all()
         np.testing.assert_allclose(a, b, atol=1e-2, rtol=1e-4)
 
 
-def test_an_expert_that_nobody_chose_has_no_gradient():
-    chosen, weights = jnp.zeros((TOKENS, 1), jnp.int32), jnp.ones((TOKENS, 1))
-    grad = jax.grad(lambda gate: experts(X, chosen, weights, gate, UP, DOWN).sum())(GATE)
-    assert np.any(grad[0])
-    assert not np.any(grad[1:])
+def test_an_expert_that_nobody_chose_is_not_read():
+    """Nor multiplied by nothing: not even its infinities are felt. Its gradient is zero."""
+    chosen = jnp.asarray(np.random.default_rng(0).choice([1, 4, 6], (TOKENS, 1)), jnp.int32)
+    used = np.isin(np.arange(EXPERTS), chosen)[:, None, None]
+    weights = jnp.ones((TOKENS, 1))
+    clean = GATE, UP, DOWN
+    dirty = [jnp.where(used, matrices, jnp.nan) for matrices in clean]
+    np.testing.assert_array_equal(
+        grouped(X, chosen, weights, *dirty), grouped(X, chosen, weights, *clean)
+    )
+    run = gradients(experts, chosen)
+    got, want = (run(X, weights, *matrices) for matrices in (dirty, clean))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    for grad in got[2:]:
+        assert np.any(grad[4])
+        assert not np.any(np.where(used, 0, grad))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_every_platform_multiplies_grouped(platform: str):
+    """XLA's `ragged_dot` is grouped on TPU alone."""
+    chosen, weights = pairs(0)
+    run = gradients(experts, chosen)
+    text = jax.export.export(run, platforms=[platform])(X, weights, GATE, UP, DOWN).mlir_module()
+    assert ("ragged_dot" in text) == (platform == "tpu")
+    assert ("stablehlo.while" in text) == (platform != "tpu")
 
 
 def test_neighbours_change_nothing():
-    """A token alone, among others, and behind padding of any kind."""
+    """A token alone, among few and many others, and behind padding of any kind: to the bit."""
     chosen, weights = pairs(5)
-    whole = experts(X, chosen, weights, GATE, UP, DOWN)
-    for t in range(TOKENS):
-        alone = experts(X[t : t + 1], chosen[t : t + 1], weights[t : t + 1], GATE, UP, DOWN)
-        np.testing.assert_allclose(alone[0], whole[t], atol=1e-5)
+    whole = grouped(X, chosen, weights, GATE, UP, DOWN)
+    for t in range(2):
+        alone = grouped(X[t : t + 1], chosen[t : t + 1], weights[t : t + 1], GATE, UP, DOWN)
+        np.testing.assert_array_equal(alone[0], whole[t])
     junk = X.at[3:].set(1e6)
-    np.testing.assert_allclose(
-        experts(junk, chosen, weights, GATE, UP, DOWN)[:3], whole[:3], atol=1e-5
-    )
+    np.testing.assert_array_equal(grouped(junk, chosen, weights, GATE, UP, DOWN)[:3], whole[:3])
+    many = [jnp.tile(x, (12, 1)) for x in (X, chosen, weights)]
+    assert rows_per_tile(many[1].size, EXPERTS) > rows_per_tile(chosen.size, EXPERTS)
+    np.testing.assert_array_equal(grouped(*many, GATE, UP, DOWN)[:TOKENS], whole)
 
 
 def test_the_sum_over_experts_is_in_float32():
@@ -89,9 +134,59 @@ def test_the_sum_over_experts_is_in_float32():
     x = X.astype(jnp.bfloat16)
     chosen, one = jnp.zeros((TOKENS, TOP), jnp.int32), jnp.ones((TOKENS, 1))
     weights = jnp.broadcast_to(jnp.array([256.0, 1.0, -256.0]), (TOKENS, TOP))
-    got = experts(x, chosen, weights, GATE, UP, DOWN)
+    got = grouped(x, chosen, weights, GATE, UP, DOWN)
     assert got.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(got, experts(x, chosen[:, :1], one, GATE, UP, DOWN))
+    np.testing.assert_array_equal(got, grouped(x, chosen[:, :1], one, GATE, UP, DOWN))
+
+
+def test_the_experts_of_a_layer_are_read_in_their_stack():
+    """The values are the stack's; the gradients go to the layer's own."""
+    chosen, weights = pairs(6)
+    own = GATE, UP, DOWN
+    stack = Stack(jnp.int32(1), *(jnp.stack([m + 1, m, m - 1]) for m in own))
+    run = partial(experts, stack=stack)
+    zeros = [jnp.zeros_like(m) for m in own]
+    np.testing.assert_array_equal(
+        jax.jit(run)(X, chosen, weights, *zeros), grouped(X, chosen, weights, *own)
+    )
+    got, want = (gradients(f, chosen)(X, weights, *own) for f in (run, experts))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+# Tiles
+
+
+@given(
+    tokens=st.integers(1, 40),
+    top=st.integers(1, 4),
+    groups=st.integers(4, 70),
+    at_once=st.sampled_from([1, 5]),
+    seed=st.integers(0, 99),
+)
+def test_tiles_hold_every_pair_once(tokens: int, top: int, groups: int, at_once: int, seed: int):
+    rng = np.random.default_rng(seed)
+    some = rng.permutation(groups)[: rng.integers(top, groups + 1)]
+    chosen = np.stack([rng.permutation(some)[:top] for _ in range(tokens)])
+    lie = jax.tree.map(np.asarray, tiles(jnp.asarray(chosen, jnp.int32), groups, at_once))
+    count, size = lie.source.shape
+    assert size == rows_per_tile(chosen.size, groups)
+    assert count % at_once == 0
+    assert len(np.unique(lie.slot)) == chosen.size
+    at, row = np.divmod(lie.slot, size)
+    np.testing.assert_array_equal(lie.group[at], chosen)
+    np.testing.assert_array_equal(lie.source[at, row], np.arange(tokens)[:, None].repeat(top, 1))
+    assert (lie.source < tokens).sum() == chosen.size  # the rest is empty
+    needed = np.ceil(np.bincount(chosen.reshape(-1)) / size).sum()
+    assert lie.used == needed <= min(chosen.size, count)
+    assert ((lie.group >= 0) & (lie.group < groups)).all()
+
+
+@pytest.mark.parametrize(
+    ("pairs", "groups", "rows"),
+    [(8, 64, 4), (256, 256, 4), (256, 64, 8), (512, 64, 16), (4096, 64, 32), (1, 1, 4)],
+)
+def test_rows_of_a_tile(pairs: int, groups: int, rows: int):
+    assert rows_per_tile(pairs, groups) == rows
 
 
 # The router

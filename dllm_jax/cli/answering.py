@@ -1,5 +1,6 @@
 """From questions to answers and their figures: what the commands `generate` and `chat` share."""
 
+import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -8,24 +9,23 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.monitoring
-import numpy as np
 
-from dllm_jax import checkpoint, recipes
+from dllm_jax import checkpoint
+from dllm_jax.cli.choice import Choice, choose
 from dllm_jax.cli.options import Decoding, ModelOptions
-from dllm_jax.decode.generate import BUCKET, Prompt, generate, pad, stream
-from dllm_jax.decode.state import STOP_REASONS, DecodeState
-from dllm_jax.nn.transformer import Transformer
-from dllm_jax.recipes import Denoise, Recipe
+from dllm_jax.decode.generate import BUCKET, Prompt, generate, infill, pad, stream
+from dllm_jax.decode.state import STOP_REASONS, Result
 from dllm_jax.tokenizer import Tokenizer
-from dllm_jax.typing import Key, Params
-from dllm_jax.watch import Frame
+from dllm_jax.trajectory import Recorder
+from dllm_jax.typing import Params
+from dllm_jax.watch import Frame, frame
 
 
 class Loaded(NamedTuple):
     """A model, ready to answer."""
 
     name: str
-    model: Transformer
+    model: Any  # of any architecture
     params: Params
     tokenizer: Tokenizer
 
@@ -38,14 +38,23 @@ class Loaded(NamedTuple):
             )
         return self.tokenizer.chat(messages, system=system)
 
-    def check(self, options: Decoding) -> None:
-        """Raises ValueError where the model cannot decode in that way."""
+    def choose(self, options: Decoding) -> Choice:
+        """The recipe of the options; ValueError where the model cannot decode in that way."""
         options.check()
-        if options.mode != "ar" and not self.model.config.has_mask:
-            raise ValueError(
-                f"{self.name} has no diffusion adapter, which --mode {options.mode} needs:"
-                " give one with --adapter FOLDER, or use --mode ar"
-            )
+        return choose(options, self.model.config, self.name)
+
+    def blanks(self, text: str) -> list[int | None]:
+        """The ids of a text to fill in; None for each token of its [MASK]s."""
+        row: list[int | None] = []
+        for number, piece in enumerate(re.split(r"(\[MASK(?::\d+)?\])", text)):
+            if number % 2:
+                row += [None] * int(piece[6:-1] or 1)
+            else:  # a start token, of models that have one, begins the text
+                encode = self.tokenizer.backend.encode
+                row += encode(piece, add_special_tokens=number == 0).ids
+        if None not in row:
+            raise ValueError("--infill: the text has no [MASK] to fill in")
+        return row
 
 
 def load(options: ModelOptions) -> Loaded:
@@ -55,65 +64,72 @@ def load(options: ModelOptions) -> Loaded:
     return Loaded(options.model, model, params, Tokenizer.load(options.model))
 
 
-def recipe(options: Decoding) -> Recipe:
-    """The recipe of the options."""
-    draw = dict(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
-    if options.mode == "ar":
-        return recipes.ar(**draw)
-    if options.mode == "speculative":
-        return recipes.self_speculative(width=options.width, **draw)
-    return recipes.block_diffusion(
-        block_size=options.block_size, threshold=options.threshold, **draw
-    )
-
-
 class Answer(NamedTuple):
     """One row's answer and its cost."""
 
-    ids: list[int]  # the end-of-turn token included
+    ids: list[int]  # the end-of-turn token included; of an infilled text, all of it
     text: str
+    tokens: int  # how many of them were written
     stop: str  # "end_of_turn" | "length" | "running", where it was interrupted
     nfe: int
     queries: int
 
 
 def answer(
-    loaded: Loaded, rows: list[list[int]], options: Decoding, clock: "Clock"
+    loaded: Loaded, rows: list[list[int]], choice: Choice, options: Decoding, clock: "Clock"
 ) -> list[Answer]:
     """The answers of a batch, from one compiled loop."""
     with clock:
         result = generate(
-            loaded.model, loaded.params, rows, recipe=recipe(options),
-            max_new_tokens=options.max_new_tokens, key=_key(options),
+            loaded.model, loaded.params, rows, recipe=choice.recipe,
+            max_new_tokens=options.max_new_tokens, key=choice.key(options.seed),
         )  # fmt: skip
-        tokens, lengths, *costs = jax.device_get(
-            (result.tokens, result.lengths, result.stop, result.nfe, result.queries)
+        return _results(loaded, result)
+
+
+def fill(
+    loaded: Loaded, rows: list[list[int | None]], choice: Choice, seed: int, clock: "Clock"
+) -> list[Answer]:
+    """Texts with their blanks filled in."""
+    with clock:
+        result = infill(
+            loaded.model, loaded.params, rows, recipe=choice.recipe, key=choice.key(seed)
         )
-    ids = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
-    return _answers(loaded, ids, *costs)
+        found = _results(loaded, result)
+    return [
+        answer._replace(tokens=row.count(None)) for answer, row in zip(found, rows, strict=True)
+    ]
 
 
 def frames(
-    loaded: Loaded, rows: list[list[int]], options: Decoding, clock: "Clock", turn: int = 0
+    loaded: Loaded,
+    rows: list[list[int]],
+    choice: Choice,
+    options: Decoding,
+    clock: "Clock",
+    *,
+    turn: int = 0,
+    recorder: Recorder | None = None,
 ) -> Iterator[Frame]:
     """The same answers step by step.
 
     Args:
       turn: of a chat: each has noise of its own.
+      recorder: is told every step.
     """
-    how, config = recipe(options), loaded.model.config
     states = stream(
-        loaded.model, loaded.params, _padded(rows), recipe=how,
-        max_new_tokens=options.max_new_tokens, key=_key(options, turn),
+        loaded.model, loaded.params, _padded(rows), recipe=choice.recipe,
+        max_new_tokens=options.max_new_tokens, key=choice.key(options.seed, turn),
     )  # fmt: skip
-    size = how.width.size if isinstance(how, Denoise) else 0
     while True:
         with clock:
             state = next(states, None)
             if state is None:
                 return
-            frame = _frame(state, size, config.eos_ids)
-        yield frame
+            shown = frame(state, choice.recipe, loaded.model.config.eos_ids)
+        if recorder is not None:
+            recorder.add(state)
+        yield shown
 
 
 def answers(loaded: Loaded, frame: Frame) -> list[Answer]:
@@ -124,7 +140,7 @@ def answers(loaded: Loaded, frame: Frame) -> list[Answer]:
 
 def figures(answers: Sequence[Answer], clock: "Clock") -> str:
     """One line on what the answers cost. Run time leaves compilation out."""
-    tokens = sum(len(a.ids) for a in answers)
+    tokens = sum(a.tokens for a in answers)
     reasons = [a.stop if a.stop != "running" else "interrupted" for a in answers]
     stops = [f"{reasons.count(r)} {r}" if len(reasons) > 1 else r for r in dict.fromkeys(reasons)]
     return (
@@ -135,16 +151,16 @@ def figures(answers: Sequence[Answer], clock: "Clock") -> str:
     )
 
 
-def facts(prompt: str, answer: Answer, clock: "Clock", options: Decoding) -> dict[str, Any]:
+def facts(prompt: str, answer: Answer, clock: "Clock", choice: Choice) -> dict[str, Any]:
     """One answer and its figures, for JSON. The seconds are those of its batch."""
-    tokens = len(answer.ids)
+    tokens = answer.tokens
     return {
         "prompt": prompt,
         "text": answer.text,
         "ids": answer.ids,
         "tokens": tokens,
         "stop": answer.stop,
-        "mode": options.mode,
+        "recipe": choice.name,
         "forwards": answer.nfe,
         "queries": answer.queries,
         "tokens_per_forward": tokens / max(answer.nfe, 1),
@@ -154,18 +170,20 @@ def facts(prompt: str, answer: Answer, clock: "Clock", options: Decoding) -> dic
     }
 
 
+def _results(loaded: Loaded, result: Result) -> list[Answer]:
+    tokens, lengths, *costs = jax.device_get(
+        (result.tokens, result.lengths, result.stop, result.nfe, result.queries)
+    )
+    ids = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+    return _answers(loaded, ids, *costs)
+
+
 def _answers(loaded: Loaded, ids, stop, nfe, queries) -> list[Answer]:
+    decode = loaded.tokenizer.decode
     return [
-        Answer(row, loaded.tokenizer.decode(row), STOP_REASONS[int(s)], int(n), int(q))
+        Answer(row, decode(row), len(row), STOP_REASONS[int(s)], int(n), int(q))
         for row, s, n, q in zip(ids, stop, nfe, queries, strict=True)
     ]
-
-
-def _key(options: Decoding, turn: int = 0) -> Key | None:
-    if not options.temperature:
-        return None
-    key = jax.random.key(options.seed)
-    return jax.random.fold_in(key, turn) if turn else key
 
 
 def _padded(rows: list[list[int]]) -> Prompt:
@@ -174,14 +192,6 @@ def _padded(rows: list[list[int]]) -> Prompt:
     while bucket < max(map(len, rows)):
         bucket *= 2
     return pad(rows, bucket)
-
-
-def _frame(state: DecodeState, size: int, eos_ids: tuple[int, ...]) -> Frame:
-    small = (state.tokens, state.prompt, state.written, state.limit, state.drafts, state.stop,
-             state.nfe, state.queries)  # fmt: skip
-    tokens, prompt, written, limit, drafts, stop, nfe, queries = jax.device_get(small)
-    ends = np.minimum(written + size, limit)
-    return Frame(tokens, prompt, written, ends, drafts, stop, nfe, queries, state.mask_id, eos_ids)
 
 
 class Clock:

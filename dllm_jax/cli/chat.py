@@ -10,12 +10,13 @@ from dllm_jax.cli import terminal
 from dllm_jax.cli.answering import Clock, Loaded, answers, figures, frames
 from dllm_jax.cli.background import background
 from dllm_jax.cli.options import Decoding, Mode
-from dllm_jax.watch import TextView, View
+from dllm_jax.watch import Frame, TextView, View
 
 _HELP = """\
 /reset          forget the conversation
 /system TEXT    set the system message; without TEXT, drop it
 /mode NAME      decode by diffusion, speculative or ar
+/recipe NAME    decode by another recipe; behind it, option=value ...
 /seed N         seed of the draw, where the temperature is above 0
 /help           this list
 /quit           leave (so does Ctrl-D)
@@ -27,7 +28,8 @@ def talk(loaded: Loaded, options: Decoding, system: str | None) -> None:
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 (arrow keys and history in input())
-        terminal.note(f"{loaded.name}, {options.mode}. /help lists the commands, Ctrl-D leaves.")
+        name = loaded.choose(options).name
+        terminal.note(f"{loaded.name}, {name}. /help lists the commands, Ctrl-D leaves.")
     conversation = _Conversation(loaded, options, system)
     for line in _lines():
         try:
@@ -70,6 +72,7 @@ class _Conversation:
 
     def __init__(self, loaded: Loaded, options: Decoding, system: str | None):
         self._loaded, self._options, self._system = loaded, options, system
+        self._choice = loaded.choose(options)
         self._messages: list[dict[str, Any]] = []
         self._turn = 0
 
@@ -91,8 +94,13 @@ class _Conversation:
             case "/mode":
                 if rest not in get_args(Mode):
                     raise ValueError(f"/mode {rest}: the modes are {', '.join(get_args(Mode))}")
-                self._change(mode=rest)
+                self._change(mode=rest, recipe=None, sets=())
                 terminal.note(f"mode: {rest}")
+            case "/recipe":
+                name, *sets = rest.split() or [""]
+                other = dict.fromkeys(("mode", "block_size", "threshold", "width"))
+                self._change(recipe=name, sets=tuple(sets), **other)
+                terminal.note(f"recipe: {self._choice.name}")
             case "/seed":
                 if not rest.isdecimal():
                     raise ValueError(f"/seed {rest}: give a whole number")
@@ -104,7 +112,7 @@ class _Conversation:
 
     def _change(self, **fields: Any) -> None:
         options = dataclasses.replace(self._options, **fields)
-        self._loaded.check(options)
+        self._choice = self._loaded.choose(options)
         self._options = options
 
     def ask(self, question: str) -> None:
@@ -117,7 +125,10 @@ class _Conversation:
         budget = min(self._options.max_new_tokens, room)
         options = dataclasses.replace(self._options, max_new_tokens=budget)
         clock, frame = Clock(), None
-        steps = lambda: frames(self._loaded, [row], options, clock, self._turn)  # noqa: E731
+
+        def steps() -> Iterator[Frame]:
+            return frames(self._loaded, [row], self._choice, options, clock, turn=self._turn)
+
         view = self._view()
         with contextlib.suppress(KeyboardInterrupt), view:
             with contextlib.closing(background(steps, newest=view.skips)) as shown:

@@ -3,14 +3,30 @@
 import contextlib
 import json
 import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 
 from dllm_jax import checkpoint, watch
-from dllm_jax.cli import answering, terminal
-from dllm_jax.cli.answering import Loaded
+from dllm_jax.cli import answering, table, terminal
+from dllm_jax.cli.answering import Answer, Clock, Loaded
 from dllm_jax.cli.background import background
 from dllm_jax.cli.chat import talk
+from dllm_jax.cli.choice import Choice, asked, named
 from dllm_jax.cli.describe import describe
-from dllm_jax.cli.options import Chat, Command, Convert, Generate, Info, ModelOptions
+from dllm_jax.cli.options import (
+    Chat,
+    Command,
+    Convert,
+    Decoding,
+    Generate,
+    Info,
+    ModelOptions,
+    Recipes,
+)
+from dllm_jax.generation_config import save_recipe
+from dllm_jax.tokenizer import Tokenizer
+from dllm_jax.trajectory import Recorder
 
 
 def run(command: Command) -> None:
@@ -24,6 +40,8 @@ def run(command: Command) -> None:
             convert(command)
         case Info():
             info(command)
+        case Recipes():
+            recipes(command)
 
 
 def generate(command: Generate) -> None:
@@ -31,30 +49,62 @@ def generate(command: Generate) -> None:
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in command.prompts]
     if not all(prompt.strip() for prompt in prompts):
         raise ValueError("a prompt is empty")
-    loaded = _load(command.weights)
-    loaded.check(command.decoding)
-    if command.raw:
-        rows = [loaded.tokenizer.encode(prompt) for prompt in prompts]
-    else:
-        rows = [loaded.prompt(prompt, command.system) for prompt in prompts]
+    loaded, choice = _load(command.weights, command.decoding)
     clock, shown = answering.Clock(), False
-    if command.watch:
-        view = terminal.view(loaded.tokenizer.decode, len(rows), keeps=not command.json)
-        steps = lambda: answering.frames(loaded, rows, command.decoding, clock)  # noqa: E731
-        with view, contextlib.closing(background(steps, newest=view.skips)) as frames:
-            for frame in frames:
-                view.show(frame)
-        answers, shown = answering.answers(loaded, frame), view.keeps
+    if command.infill:
+        blanks = [loaded.blanks(prompt) for prompt in prompts]
+        fill = lambda: [answering.fill(loaded, blanks, choice, command.decoding.seed, clock)]  # noqa: E731
+        with terminal.status("filling in"):
+            (answers,) = background(fill)
     else:
-        whole = lambda: [answering.answer(loaded, rows, command.decoding, clock)]  # noqa: E731
-        with terminal.status(f"decoding {len(rows)} answers" if len(rows) > 1 else "decoding"):
-            (answers,) = background(whole)
+        if command.raw:
+            rows = [loaded.tokenizer.encode(prompt) for prompt in prompts]
+        else:
+            rows = [loaded.prompt(prompt, command.system) for prompt in prompts]
+        if command.watch or command.html or command.trajectory:
+            answers, shown = _stepwise(command, loaded, choice, rows, clock)
+        else:
+            whole = lambda: [answering.answer(loaded, rows, choice, command.decoding, clock)]  # noqa: E731
+            with terminal.status(f"decoding {len(rows)} answers" if len(rows) > 1 else "decoding"):
+                (answers,) = background(whole)
     if command.json:
         for prompt, answer in zip(prompts, answers, strict=True):
-            print(json.dumps(answering.facts(prompt, answer, clock, command.decoding)))
+            print(json.dumps(answering.facts(prompt, answer, clock, choice)))
     elif not shown:
         _print(prompts, [answer.text for answer in answers])
     terminal.note(answering.figures(answers, clock))
+
+
+def _stepwise(
+    command: Generate, loaded: Loaded, choice: Choice, rows: list[list[int]], clock: Clock
+) -> tuple[list[Answer], bool]:
+    """The answers, and whether they have been shown; the steps are watched, recorded, or both."""
+    recorder, files = None, (command.html, command.trajectory)
+    if any(files):
+        title = f"{loaded.name} · {choice.name}"
+        recorder = Recorder(choice.recipe, eos_ids=loaded.model.config.eos_ids, title=title)
+    decode, view, waiting = loaded.tokenizer.decode, watch.View(), contextlib.nullcontext()
+    if command.watch:
+        view = terminal.view(decode, len(rows), keeps=not command.json)
+    else:
+        waiting = terminal.status("decoding")
+
+    def steps() -> Iterator[watch.Frame]:
+        return answering.frames(loaded, rows, choice, command.decoding, clock, recorder=recorder)
+
+    frame = None
+    with waiting, view, contextlib.closing(background(steps, newest=view.skips)) as frames:
+        for frame in frames:
+            view.show(frame)
+    assert frame is not None  # a stream has at least one
+    if recorder is not None:
+        trajectory = recorder.trajectory()
+        if command.html:
+            trajectory.html(partial(decode, skip_special=False), Path(command.html).expanduser())
+        if command.trajectory:
+            trajectory.save(Path(command.trajectory).expanduser())
+        terminal.note(f"wrote {' and '.join(filter(None, files))}")
+    return answering.answers(loaded, frame), view.keeps
 
 
 def _print(prompts: list[str], texts: list[str]) -> None:
@@ -69,20 +119,30 @@ def _print(prompts: list[str], texts: list[str]) -> None:
 
 def chat(command: Chat) -> None:
     """A conversation."""
-    loaded = _load(command.weights)
-    loaded.check(command.decoding)
+    loaded, _ = _load(command.weights, command.decoding)
     talk(loaded, command.decoding, command.system)
 
 
 def convert(command: Convert) -> None:
-    """A model into a folder of ours."""
+    """A model into a folder of ours, or one as its authors publish it."""
 
     def work() -> list[None]:
+        if command.published:
+            return [_publish(command.source, command.folder, command.dtype)]
         return [checkpoint.convert(command.source, command.folder, command.dtype)]
 
     with terminal.status(f"converting {command.source}"):
         list(background(work))
     terminal.note(f"wrote {command.folder}; use it with --model {command.folder}")
+
+
+def _publish(source: str, folder: str, dtype: str | None) -> None:
+    model, params = checkpoint.load(source, dtype=dtype, adapter=None)
+    try:
+        tokenizer = Tokenizer.load(source)
+    except FileNotFoundError:  # some are published without
+        tokenizer = None
+    checkpoint.export(folder, model, params, tokenizer)
 
 
 def info(command: Info) -> None:
@@ -99,7 +159,22 @@ def info(command: Info) -> None:
     print(*background(work))
 
 
-def _load(options: ModelOptions) -> Loaded:
+def recipes(command: Recipes) -> None:
+    """The table of recipes, or one of them."""
+    if command.name is None:
+        print(table.every(as_json=command.json))
+        return
+    choice = named(command.name, command.sets)
+    if command.save is not None:
+        save_recipe(command.save, choice.recipe)
+        terminal.note(f"{command.save} is decoded by {choice.name} from now on")
+    else:
+        print(table.one(command.name, choice, as_json=command.json))
+
+
+def _load(options: ModelOptions, decoding: Decoding) -> tuple[Loaded, Choice]:
+    if decoding.recipe is not None:
+        asked(decoding)  # a mistake is told before the weights are read
     with terminal.status(f"loading {options.model}"):
         (loaded,) = background(lambda: [answering.load(options)])
-    return loaded
+    return loaded, loaded.choose(decoding)

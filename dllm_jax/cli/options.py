@@ -4,6 +4,7 @@ The string below a class or field is its help text.
 """
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -31,51 +32,83 @@ class ModelOptions:
     """Of weights and activations; as stored by default (GGUF: float32)."""
 
 
+# Options of a recipe: --set block_size=8 --set threshold=0.7
+Sets = Annotated[
+    tyro.conf.UseAppendAction[tuple[str, ...]],
+    tyro.conf.arg(name="set", metavar="OPTION=VALUE", help_behavior_hint="(repeatable)"),
+]
+
+
+def _default(metavar: str, default: object):
+    """An option of which is told whether it was given; its default is the recipe's."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decoding:
     """How the answer is decoded."""
 
-    mode: Mode = "diffusion"
-    """diffusion denoises blocks of tokens; ar writes a token a pass; speculative gives the tokens
-    of ar in fewer passes: it drafts by diffusion and verifies."""
+    recipe: Annotated[str | None, _default("NAME|FILE.json", "the model's own")] = None
+    """A recipe by its name, of those that `dllm-jax recipes` lists, or one in a file."""
 
-    block_size: int = 4
-    """Positions denoised at once (diffusion)."""
+    sets: Sets = ()
+    """Options of the recipe; `dllm-jax recipes NAME` lists them."""
 
-    threshold: float = 0.9
-    """Write tokens whose probability is over this; lower is faster, and rougher (diffusion)."""
+    mode: Annotated[Mode | None, _default("diffusion|speculative|ar", "none")] = None
+    """Short for a recipe: block_diffusion, self_speculative (the tokens of ar, faster) or ar."""
 
-    width: int = 2
-    """Tokens drafted in each pass (speculative)."""
+    block_size: Annotated[int | None, _default("INT", 4)] = None
+    """Positions denoised at once (--mode diffusion)."""
 
-    temperature: float = 0.0
+    threshold: Annotated[float | None, _default("FLOAT", 0.9)] = None
+    """Write tokens that are surer than this; lower is faster, and rougher (--mode diffusion)."""
+
+    width: Annotated[int | None, _default("INT", 2)] = None
+    """Tokens drafted in each pass (--mode speculative)."""
+
+    temperature: Annotated[float | None, _default("FLOAT", "the recipe's")] = None
     """Randomness of the draw; 0 takes the most probable token."""
 
-    top_k: int = 0
+    top_k: Annotated[int | None, _default("INT", "the recipe's")] = None
     """Draw among the k most probable tokens; 0: all."""
 
-    top_p: float = 1.0
+    top_p: Annotated[float | None, _default("FLOAT", "the recipe's")] = None
     """Draw among the most probable tokens with this share of probability."""
 
     seed: int = 0
-    """Of the draw, where the temperature is above 0: the same seed, the same answer."""
+    """Of what is drawn: the same seed, the same answer."""
 
     max_new_tokens: int = 128
-    """The most tokens of an answer."""
+    """The most tokens of an answer; the canvas of models that see all of it."""
+
+    @property
+    def any_mode(self) -> Mode | None:
+        """The mode, also where only one of its flags was given."""
+        flags = (self.block_size, self.threshold, self.width)
+        return self.mode or (None if flags == (None, None, None) else "diffusion")
 
     def check(self) -> None:
-        """Raises ValueError on a number outside its range."""
-        if self.block_size < 1:
+        """Raises ValueError on a number outside its range, or options that exclude each other."""
+        if self.recipe is not None and self.any_mode is not None:
+            names = ("mode", "block_size", "threshold", "width")
+            given = [f"--{name}" for name in names if getattr(self, name) is not None]
+            raise ValueError(
+                f"--recipe and {' '.join(given).replace('_', '-')} exclude each other:"
+                " options of a recipe are given as --set option=value"
+            )
+        if self.sets and self.recipe is None:
+            raise ValueError("--set is an option of a recipe: name it with --recipe NAME")
+        if self.block_size is not None and self.block_size < 1:
             raise ValueError(f"--block-size {self.block_size} must be at least 1")
-        if not 0 <= self.threshold <= 1:
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise ValueError(f"--threshold {self.threshold} must be in [0, 1]")
-        if self.width < 1:
+        if self.width is not None and self.width < 1:
             raise ValueError(f"--width {self.width} must be at least 1; --mode ar drafts nothing")
-        if not 0 <= self.temperature < float("inf"):
+        if self.temperature is not None and not 0 <= self.temperature < float("inf"):
             raise ValueError(f"--temperature {self.temperature} must be 0 (greedy) or positive")
-        if self.top_k < 0:
+        if self.top_k is not None and self.top_k < 0:
             raise ValueError(f"--top-k {self.top_k} must be 0 (off) or positive")
-        if not 0 < self.top_p <= 1:
+        if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p {self.top_p} must be in (0, 1]")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed {self.seed} must be in [0, 2**32)")
@@ -109,11 +142,20 @@ class Generate(Command):
     watch: bool = False
     """Show the canvas while it denoises; a line a step where there is no terminal."""
 
+    html: Annotated[str | None, _word("FILE")] = None
+    """Write a page that shows every pass, with a slider; it needs no network."""
+
+    trajectory: Annotated[str | None, _word("FILE.json")] = None
+    """Write what every pass did, as data."""
+
     json: bool = False
     """Print one JSON object a prompt, with text, ids and figures, instead of text."""
 
     raw: bool = False
     """Continue the prompt as it stands, without the chat template."""
+
+    infill: bool = False
+    """Fill in a text as it stands: [MASK] is one token to write, [MASK:5] are five."""
 
     system: Annotated[str | None, _word("TEXT")] = None
     """A system message."""
@@ -127,8 +169,16 @@ class Generate(Command):
             raise ValueError('give a prompt, as in: dllm-jax generate "Why is the sky blue?"')
         if self.prompts.count("-") > 1:
             raise ValueError("stdin can be read once: give - once")
-        if self.raw and self.system is not None:
-            raise ValueError("--raw knows no --system: write it into the prompt, or drop --raw")
+        for flag in ("raw", "infill"):
+            if getattr(self, flag) and self.system is not None:
+                raise ValueError(
+                    f"--{flag} knows no --system: write it into the prompt, or drop --{flag}"
+                )
+        if self.infill and (self.watch or self.html or self.trajectory):
+            raise ValueError("--infill shows no passes: drop --watch, --html and --trajectory")
+        for file in filter(None, (self.html, self.trajectory)):
+            if not Path(file).expanduser().parent.is_dir():
+                raise ValueError(f"{file} cannot be written: there is no such folder")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,6 +208,9 @@ class Convert(Command):
     dtype: Annotated[Dtype | None, _word("float32|bfloat16|float16")] = None
     """Of the weights; as stored by default (GGUF: float32)."""
 
+    published: bool = False
+    """Write what the family's authors publish, for other tools; an adapter is left out."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Info(Command):
@@ -178,11 +231,37 @@ class Info(Command):
     context: int = 2048
     """Tokens of a row in the cache."""
 
-    block_size: int = 4
+    block_size: Annotated[int | None, _default("INT", "the model's, or 4")] = None
     """Of block diffusion."""
 
     width: int = 2
     """Of self-speculation."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipes(Command):
+    """List the ways to decode, or describe one.
+
+    dllm-jax recipes sdar --set block_size=8 --save my-model
+    """
+
+    name: Annotated[
+        Positional[str | None], tyro.conf.arg(metavar="[NAME]", help_behavior_hint="")
+    ] = None
+    """A recipe; all of them by default."""
+
+    sets: Sets = ()
+    """Options of the recipe."""
+
+    save: Annotated[str | None, _word("FOLDER")] = None
+    """Make it the recipe of the model in a folder (in its generation_config.json)."""
+
+    json: bool = False
+    """Print JSON; that of one recipe may be edited and given to --recipe as a file."""
+
+    def check(self) -> None:
+        if self.name is None and (self.sets or self.save):
+            raise ValueError("name the recipe, as in: dllm-jax recipes sdar --set block_size=8")
 
 
 AnyCommand = (
@@ -190,4 +269,5 @@ AnyCommand = (
     | Annotated[Chat, tyro.conf.subcommand("chat")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]
     | Annotated[Info, tyro.conf.subcommand("info")]
+    | Annotated[Recipes, tyro.conf.subcommand("recipes")]
 )

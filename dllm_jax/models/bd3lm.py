@@ -1,16 +1,20 @@
 """BD3-LM (Arriola et al. 2025, arXiv 2503.09573): names and fields of the published models.
 
 Their tensors are named in the Hugging Face models as here; the authors' own checkpoints lack the
-"backbone." (`published_name` adds it). The buffers `sampling_eps_min` and `sampling_eps_max` repeat
-two fields of config.json, and are read and written there alone.
+"backbone." (`published_name` adds it). Beside the weights lie three constants: the frequencies of
+the rotary positions, and the two ends of the noise levels, which config.json has too.
 """
 
+import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from dllm_jax.models.published import eos_ids, needed, pad_id, refuse, special_ids
 from dllm_jax.models.tensors import TensorMap
-from dllm_jax.nn.dit import DiTConfig
+from dllm_jax.nn.dit import ROPE_THETA, DiTConfig
 
 _GPT2 = 50257  # tokens, of which the last ends a text (and begins one); the mask comes behind them
 
@@ -103,9 +107,49 @@ def tensor_maps(config: DiTConfig) -> tuple[TensorMap, ...]:
     )
 
 
+_FREQUENCIES = "backbone.rotary_emb.inv_freq"
+_NOISE = {"sampling_eps_min": "noise_min", "sampling_eps_max": "noise_max"}
+
+
+def constants(config: DiTConfig) -> dict[str, np.ndarray]:
+    """Published tensors that are no weights: the config says them."""
+    planes = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    # In the steps of the published code, each of them rounded to float32.
+    waves = np.power(ROPE_THETA, planes.astype(np.float64)).astype(np.float32)
+    found = {_FREQUENCIES: np.float32(1) / waves}
+    return found | {name: np.array(getattr(config, own), "f4") for name, own in _NOISE.items()}
+
+
+def with_constants(config: DiTConfig, stored: Mapping[str, np.ndarray]) -> DiTConfig:
+    """The config of a folder that has some of its `constants`.
+
+    Noise levels are those of the tensors, as in the published code: training moves them, and
+    config.json stays behind.
+
+    Raises:
+      ValueError: the rotary frequencies are others than the model's.
+    """
+    expected, levels = constants(config), {}
+    for name, value in stored.items():
+        wanted, value = expected[name], value.astype(np.float32)
+        if name in _NOISE and value.size == 1:
+            if value != wanted:  # else config.json's own number stays, which has more digits
+                levels[_NOISE[name]] = float(value.item())
+        elif value.shape != wanted.shape or not np.allclose(value, wanted, rtol=1e-2, atol=0):
+            raise ValueError(
+                f"tensor {name!r} is {_brief(value)}, but this architecture has {_brief(wanted)}:"
+                " the weights belong to another model"
+            )
+    return dataclasses.replace(config, **levels)
+
+
+def _brief(value: np.ndarray) -> str:
+    return np.array2string(value, precision=4, threshold=4, edgeitems=2)
+
+
 def ignored(config: DiTConfig) -> tuple[str, ...]:
-    """Patterns of published tensors that say nothing: constants, and what config.json says."""
-    return (r"backbone\.rotary_emb\.inv_freq", r"sampling_eps_(min|max)")
+    """Patterns of published tensors that are no weights."""
+    return tuple(re.escape(name) for name in constants(config))
 
 
 def published_name(name: str) -> str:

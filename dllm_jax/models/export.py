@@ -1,4 +1,9 @@
-"""The way back: a model of ours as the files its authors publish, for other people's tools."""
+"""The way back: a model of ours as the files its authors publish, for other people's tools.
+
+What is read is written again, name for name and bit for bit, with the constants that some families
+store beside their weights. What is not read is not written: the parts of a larger model (the vision
+tower of DiffusionGemma), and copies of tied weights.
+"""
 
 import dataclasses
 import json
@@ -93,6 +98,19 @@ def write_tokenizer(folder: epath.Path, tokenizer: Tokenizer) -> None:
     _write_json(file, {**sources.read_json(file), "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
+class _Constant(NamedTuple):
+    """One published tensor that the config says."""
+
+    name: str
+    value: np.ndarray
+
+    def take(self, config: Any, arrays: dict[str, Any]) -> np.ndarray:
+        return self.value
+
+    def bytes(self, config: Any, arrays: dict[str, Any]) -> int:
+        return self.value.nbytes
+
+
 class _Part(NamedTuple):
     """One published tensor, and where it lies in our stacked arrays."""
 
@@ -110,15 +128,18 @@ class _Part(NamedTuple):
         return int(np.prod(shape)) * jnp.result_type(*dtypes).itemsize
 
 
-def _parts(config: Any) -> Iterator[_Part]:
-    for row in registry.family_of(config).tensor_maps(config):
+def _parts(config: Any) -> Iterator[_Part | _Constant]:
+    family = registry.family_of(config)
+    for row in family.tensor_maps(config):
         for index, name in row.entries(config):
             yield _Part(name, row, index)
+    if hasattr(family, "constants"):
+        yield from (_Constant(*item) for item in family.constants(config).items())
 
 
-def _shards(config: Any, arrays: dict[str, Any], limit: int) -> list[list[_Part]]:
+def _shards(config: Any, arrays: dict[str, Any], limit: int) -> list[list[_Part | _Constant]]:
     """The tensors in order, as many in a shard as fit; one that is larger has its own."""
-    shards: list[list[_Part]] = []
+    shards: list[list[_Part | _Constant]] = []
     room = 0
     for part in _parts(config):
         size = part.bytes(config, arrays)

@@ -3,6 +3,10 @@
 A family is a module with `config_from_published` and its inverse `config_to_published`,
 `tensor_maps` and `ignored`; one that llama.cpp stores too has `config_from_gguf` and
 `gguf_tensor_maps`. Its configs name it: `config.family` is its key here.
+
+A family whose folders hold constants beside the weights has `constants` (their names and values,
+given the config) and `with_constants` (the config, given those that a folder has). One whose
+tensors go by several names has `published_name`.
 """
 
 from collections.abc import Mapping

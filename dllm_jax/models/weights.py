@@ -57,13 +57,24 @@ def open_folder(folder: epath.Path) -> Weights:
             name, view = called(stored), shard.get_slice(stored)
             shapes[name], dtypes[name] = tuple(view.get_shape()), view.get_dtype()
             home[name] = shard, stored
+
+    def read(name: str) -> np.ndarray:
+        shard, stored = home[name]
+        return shard.get_tensor(stored)
+
+    if hasattr(family, "constants"):
+        there = [name for name in family.constants(config) if name in home]
+        try:
+            config = family.with_constants(config, {name: read(name) for name in there})
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
     weights = Weights(
         where=str(folder),
         config=config,
         maps=family.tensor_maps(config),
         shapes=shapes,
         ignored=family.ignored(config),
-        read=lambda name: home[name][0].get_tensor(home[name][1]),
+        read=read,
     )
     _check(weights)
     stored = _stored_dtype(weights, dtypes)

@@ -25,7 +25,7 @@ from dllm_jax.ops.rope import rope_angles, rotate
 from dllm_jax.typing import Params
 from pallas_kernels import BlockMask, block_attention
 
-_THETA = 10_000.0  # of the rotary positions, and of the waves
+ROPE_THETA = 10_000.0  # of the rotary positions, and of the waves
 _WAVES = 128  # of the embedding of a noise level: as many cosines, and as many sines
 
 
@@ -155,7 +155,7 @@ class DiT(nn.Module):
                 positions = positions + cache.lengths[:, None]
         noise = _noise(tree["sigma"], jnp.zeros(1) if sigma is None else sigma)
         context = _Context(
-            config, mask, rope_angles(positions, config.head_dim, _THETA),
+            config, mask, rope_angles(positions, config.head_dim, ROPE_THETA),
             noise.astype(config.dtype), cache, cache_end, hole, lengths,
         )  # fmt: skip
         hidden = jnp.take(tree["embed"], tokens, axis=0, mode="clip").astype(config.dtype)
@@ -224,7 +224,7 @@ def _layer(context: _Context, number, layer: Params, hidden: jax.Array):
 
 def _noise(p: Params, sigma: Float[Array, "B"]) -> Float[Array, "B C"]:
     """The embedding of a noise level, float32: waves of it, and two layers over them."""
-    frequency = _THETA ** (-jnp.arange(_WAVES, dtype=jnp.float32) / _WAVES)
+    frequency = ROPE_THETA ** (-jnp.arange(_WAVES, dtype=jnp.float32) / _WAVES)
     angle = sigma[:, None].astype(jnp.float32) * frequency
     x = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
     return nn.silu(_linear(p, "down", nn.silu(_linear(p, "up", x))))

@@ -26,7 +26,7 @@ from dllm_jax.cache import KVCache
 from dllm_jax.nn.gemma_tree import gemma_tree
 from dllm_jax.nn.transformer import Output
 from dllm_jax.nn.tree import init, param_shapes
-from dllm_jax.ops.moe import MoEConfig, experts, route
+from dllm_jax.ops.moe import MoEConfig, Stack, experts, route
 from dllm_jax.ops.norm import rms_norm
 from dllm_jax.ops.rope import rope_angles, rotate
 from dllm_jax.typing import Params
@@ -272,7 +272,7 @@ def _layer(context: _Context, kind: str, stack: Params, hidden: jax.Array, numbe
     mixed, kv = _attention(context, kind, number, layer["attention"], hidden)
     hidden = hidden + mixed
     dense = _normed_mlp(layer["mlp"], config, hidden)
-    mixture = _mixture(layer["moe"], config, hidden)
+    mixture = _mixture(layer["moe"], stack["moe"], number, config, hidden)
     hidden = hidden + rms_norm(dense + mixture, layer["post_norm"], config.norm_eps)
     noisy = (jnp.arange(hidden.shape[1]) >= context.mask.clean)[:, None]
     scalar = jnp.where(noisy, layer["canvas_scale"], layer["clean_scale"])
@@ -306,8 +306,13 @@ def _normed_mlp(p: Params, config: GemmaConfig, hidden: jax.Array) -> jax.Array:
     return rms_norm(x, p["post_norm"], config.norm_eps)
 
 
-def _mixture(p: Params, config: GemmaConfig, hidden: jax.Array) -> jax.Array:
-    """What the experts make of each token, normed. The router has a norm of its own."""
+def _mixture(
+    p: Params, stack: Params, number: jax.Array, config: GemmaConfig, hidden: jax.Array
+) -> jax.Array:
+    """What the experts make of each token, normed. The router has a norm of its own.
+
+    `p` is the layer at `number` in the stack, where the experts are read.
+    """
     flat = hidden.reshape(-1, config.dim)
     routing = rms_norm(flat, p["router_norm"], config.norm_eps) * config.dim**-0.5
     # A rounding of the logits is another choice of experts: they are float32 in full.
@@ -320,7 +325,9 @@ def _mixture(p: Params, config: GemmaConfig, hidden: jax.Array) -> jax.Array:
     chosen, weights = route(logits, None, moe)
     weights = weights * p["expert_scale"].astype(jnp.float32)[chosen]
     x = rms_norm(flat, p["norm"], config.norm_eps)
-    x = experts(x, chosen, weights, p["gate"], p["up"], p["down"], activation=_gelu)
+    own, every = ([tree[name] for name in ("gate", "up", "down")] for tree in (p, stack))
+    stacked = Stack(number, *jax.lax.stop_gradient(every))
+    x = experts(x, chosen, weights, *own, activation=_gelu, stack=stacked)
     return rms_norm(x, p["post_norm"], config.norm_eps).reshape(hidden.shape)
 
 

@@ -22,7 +22,7 @@ from dllm_jax.cache import KVCache, allocate
 from dllm_jax.nn.adapters import AdapterConfig, low_rank
 from dllm_jax.nn.transformer_tree import transformer_tree
 from dllm_jax.nn.tree import init, param_shapes
-from dllm_jax.ops.moe import MoEConfig, experts, route
+from dllm_jax.ops.moe import MoEConfig, Stack, experts, route
 from dllm_jax.ops.norm import rms_norm
 from dllm_jax.ops.rope import rope_angles, rotate
 from dllm_jax.typing import Params
@@ -263,20 +263,34 @@ def _run(context: _Context, tree: Params, hidden: jax.Array, frozen: int):
 
 
 def _scan(context: _Context, layers: Params, hidden: jax.Array, first: int, last: int, start: int):
-    """Layers first..last out of a stack whose first layer has the number `start`."""
+    """Layers first..last out of a stack whose first layer has the number `start`.
+
+    Experts are closed over besides: handed to a layer, all of them would be copied for it.
+    """
+    mlp, every = layers["base"]["mlp"], None
+    if "router" in mlp:
+        every = jax.lax.stop_gradient(tuple(mlp[name] for name in ("gate", "up", "down")))
     if jax.tree.leaves(layers)[0].shape[0] != last - first:
         layers = jax.tree.map(lambda x: x[first - start : last - start], layers)
 
     def body(hidden, xs):
         number, layer = xs
-        return _layer(context, number, layer["base"], layer.get("adapter", {}), hidden)
+        stack = None if every is None else Stack(number - start, *every)
+        return _layer(context, number, layer["base"], layer.get("adapter", {}), stack, hidden)
 
     if context.config.remat:
         body = jax.checkpoint(body, prevent_cse=False)
     return jax.lax.scan(body, hidden, (jnp.arange(first, last), layers))
 
 
-def _layer(context: _Context, number, base: Params, adapter: Params, hidden: jax.Array):
+def _layer(
+    context: _Context,
+    number: jax.Array,
+    base: Params,
+    adapter: Params,
+    stack: Stack | None,
+    hidden: jax.Array,
+):
     config, gate = context.config, context.gate
     scale = config.adapter.scale if config.adapter else 0.0
 
@@ -304,8 +318,8 @@ def _layer(context: _Context, number, base: Params, adapter: Params, hidden: jax
     hidden = hidden + project(mixed, p["o"].reshape(-1, config.dim), "o", "bqi,id->bqd")
     p = base["mlp"]
     x = rms_norm(hidden, p["norm"], config.norm_eps)
-    if config.moe and "router" in p:
-        hidden = hidden + _mixture(config.moe, p, x)
+    if stack is not None:
+        hidden = hidden + _mixture(config.moe, p, stack, x)
     else:
         gated = nn.silu(project(x, p["gate"], "gate", "bqd,df->bqf"))
         gated = gated * project(x, p["up"], "up", "bqd,df->bqf")
@@ -314,14 +328,15 @@ def _layer(context: _Context, number, base: Params, adapter: Params, hidden: jax
     return hidden, jnp.moveaxis(kv, 1, 2)
 
 
-def _mixture(config: MoEConfig, p: Params, x: jax.Array) -> jax.Array:
+def _mixture(config: MoEConfig, p: Params, stack: Stack, x: jax.Array) -> jax.Array:
     """What the experts make of each token [B, Q, D], with the one that all tokens share."""
     flat = x.reshape(-1, x.shape[-1])
     # A rounding of the logits is another choice of experts: they are float32 in full.
     wide = flat.astype(jnp.float32), p["router"].astype(jnp.float32)
     logits = jnp.einsum("td,de->te", *wide, precision="highest")
     chosen, weights = route(logits, p.get("router_bias"), config)
-    mixed = experts(flat, chosen, weights, p["gate"], p["up"], p["down"]).reshape(x.shape)
+    mixed = experts(flat, chosen, weights, p["gate"], p["up"], p["down"], stack=stack)
+    mixed = mixed.reshape(x.shape)
     if config.shared_ffn_dim:
         gate, up, down = (p[f"shared_{name}"].astype(x.dtype) for name in ("gate", "up", "down"))
         mixed = mixed + (nn.silu(x @ gate) * (x @ up)) @ down

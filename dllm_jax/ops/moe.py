@@ -1,14 +1,21 @@
 """Mixtures of experts: which experts a token goes to, and what they make of it.
 
-Experts run grouped: the pairs of a token and its expert are sorted by expert and every expert
-multiplies its own rows once, so the work is that of the experts chosen, not of all of them.
+Experts run grouped: the tokens that chose an expert lie together and are multiplied by it at once,
+so the work is that of the experts chosen, not of all of them.
 """
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from dllm_jax.ops.grouped import multiply, tiles
+
+_TILES_ON_GPU = 16  # of one step: a step of one is launches and little else
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,6 +83,15 @@ def route(
     return chosen, weights * config.scale
 
 
+class Stack(NamedTuple):
+    """The experts of all layers, and the layer that is meant."""
+
+    layer: jax.Array  # int32[]
+    gate: jax.Array  # [Ly, E, D, F]
+    up: jax.Array  # [Ly, E, D, F]
+    down: jax.Array  # [Ly, E, F, D]
+
+
 def experts(
     x: Float[Array, "T D"],
     chosen: Int[Array, "T k"],
@@ -83,24 +99,91 @@ def experts(
     gate: Float[Array, "E D F"],
     up: Float[Array, "E D F"],
     down: Float[Array, "E F D"],
-    activation=jax.nn.silu,
+    activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
+    *,
+    stack: Stack | None = None,
 ) -> Float[Array, "T D"]:
     """The weighted sum of each token's experts, down(activation(gate(x)) * up(x)).
 
-    The matrices multiply in the dtype of `x`; the sum over a token's experts is in float32.
+    The matrices multiply in the dtype of `x`; the sum over a token's experts is in float32. The
+    backward pass computes the experts again, and keeps nothing but the arguments.
 
-    `lax.ragged_dot` multiplies grouped on TPU. JAX's lowering for the CPU, and for the GPU unless
-    `jax_ragged_dot_use_gpu_pallas_triton_lowering` is set, lets every expert see every row.
+    TPUs multiply by `lax.ragged_dot`, which is grouped there, CPUs and GPUs by `grouped.multiply`.
+
+    Args:
+      stack: where `gate`, `up` and `down` lie among those of other layers. A loop over experts
+        reads them there, so that a scan which hands the layers round copies none of them.
+        Gradients go to the matrices alone: put the stack in `stop_gradient` before the scan.
     """
+    own = gate, up, down
+    if stack is None:
+        stack = Stack(jnp.int32(0), *(matrices[None] for matrices in jax.lax.stop_gradient(own)))
+    return _experts(activation, x, chosen, weights, own, stack)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _experts(activation, *args):
+    def run(way, *args):
+        return way(activation, *args)
+
+    return _on_platform(run, *args)
+
+
+def _forward(activation, *args):
+    return _experts(activation, *args), args
+
+
+def _backward(activation, saved, grad):
+    def pull(way, x, chosen, weights, own, stack, grad):
+        def run(x, weights, own):
+            return way(activation, x, chosen, weights, own, stack)
+
+        return jax.vjp(run, x, weights, own)[1](grad)
+
+    x, weights, own = _on_platform(pull, *saved, grad)
+    return x, None, weights, own, None
+
+
+_experts.defvjp(_forward, _backward)
+
+
+def _on_platform(run, *args):
+    """`run` with the way to multiply of the platform that the program is compiled for."""
+    return jax.lax.platform_dependent(
+        *args,
+        cpu=partial(run, partial(_tiled, 1)),
+        cuda=partial(run, partial(_tiled, _TILES_ON_GPU)),
+        default=partial(run, _ragged),
+    )
+
+
+def _tiled(at_once, activation, x, chosen, weights, own, stack):
+    lie = tiles(chosen, len(own[0]), at_once)
+
+    def product(rows, own, matrices):
+        return multiply(at_once, rows, own, matrices, stack.layer, lie.group, lie.used)
+
+    gate, up, down = zip(own, stack[1:], strict=True)
+    rows = x.at[lie.source].get(mode="fill", fill_value=0)
+    out = product(activation(product(rows, *gate)) * product(rows, *up), *down)
+    return _summed(out.reshape(-1, out.shape[-1])[lie.slot], weights).astype(x.dtype)
+
+
+def _ragged(activation, x, chosen, weights, own, stack):
+    gate, up, down = own
     flat = chosen.reshape(-1)
     order = jnp.argsort(flat)  # stable: pairs of one expert stay in the order of their tokens
-    sizes = jnp.bincount(flat, length=gate.shape[0]).astype(jnp.int32)
+    sizes = jnp.bincount(flat, length=len(gate)).astype(jnp.int32)
     rows = x[order // chosen.shape[1]]
 
-    def grouped(rows, matrices):
+    def product(rows, matrices):
         return jax.lax.ragged_dot(rows, matrices.astype(rows.dtype), sizes)
 
-    out = grouped(activation(grouped(rows, gate)) * grouped(rows, up), down)
+    out = product(activation(product(rows, gate)) * product(rows, up), down)
     out = jnp.zeros_like(out).at[order].set(out, unique_indices=True)
-    out = out.reshape(*chosen.shape, -1).astype(jnp.float32)
-    return jnp.einsum("tkd,tk->td", out, weights, precision="highest").astype(x.dtype)
+    return _summed(out.reshape(*chosen.shape, -1), weights).astype(x.dtype)
+
+
+def _summed(out: Float[Array, "T k D"], weights: Float[Array, "T k"]) -> Float[Array, "T D"]:
+    """The weighted sum over a token's experts, float32."""
+    return (out.astype(jnp.float32) * weights[..., None]).sum(axis=1)
