@@ -111,8 +111,11 @@ def test_the_authors_own_names_are_read(goldens: Path, tmp_path: Path, drop: tup
     assert same.config == model.config
     jax.tree.map(np.testing.assert_array_equal, values, params)
     export(tmp_path / "theirs", same, values)
-    names = (load_file(f / "model.safetensors").keys() for f in (tmp_path / "theirs", goldens / "bd3lm"))
-    assert len({frozenset(found) for found in names}) == 1
+    back, published = (
+        load_file(folder / "model.safetensors")
+        for folder in (tmp_path / "theirs", goldens / "bd3lm")
+    )
+    assert back.keys() == published.keys()
 
 
 def test_noise_levels_are_those_of_the_tensors(goldens: Path, tmp_path: Path):
@@ -121,15 +124,14 @@ def test_noise_levels_are_those_of_the_tensors(goldens: Path, tmp_path: Path):
     model, params = load(rewritten(goldens, tmp_path / "moved", sampling_eps_min=learned))
     assert (model.config.noise_min, model.config.noise_max) == (float(learned), 0.999)
     export(tmp_path / "back", model, params)
-    assert json.loads((tmp_path / "back" / "config.json").read_text())[
-        "sampling_eps_min"
-    ] == float(learned)
+    fields = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert fields["sampling_eps_min"] == float(learned)
     assert load_file(tmp_path / "back" / "model.safetensors")["sampling_eps_min"] == learned
 
 
 def test_frequencies_of_another_model_are_refused(goldens: Path, tmp_path: Path):
     wrong = {INV_FREQ: np.full(8, 0.5, np.float32)}
-    with pytest.raises(ValueError, match=r"'backbone.rotary_emb.inv_freq' is \[0.5 0.5 ... 0.5 0.5"):
+    with pytest.raises(ValueError, match=r"'backbone.rotary_emb.inv_freq' is \[0.5 0.5 ... 0.5"):
         load(rewritten(goldens, tmp_path, **wrong))
     with pytest.raises(ValueError, match="belong to another model"):
         load(rewritten(goldens, tmp_path, **{INV_FREQ: np.ones(4, np.float32)}))

@@ -238,6 +238,7 @@ def test_scans_are_the_layers_in_their_order(types):
         np.testing.assert_allclose(stacked, jnp.stack(kv[kind]), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient():
     tokens = np.array([[3, 4, 5, 6]])
 

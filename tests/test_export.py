@@ -15,11 +15,11 @@ import dllm_jax
 from dllm_jax.checkpoint import convert, export, load, save
 from dllm_jax.models import registry
 from dllm_jax.models.export import published_tensors
+from dllm_jax.nn.adapters import AdapterConfig
 from dllm_jax.nn.transformer import Transformer, TransformerConfig
 from dllm_jax.nn.tree import param_shapes
 from dllm_jax.ops.moe import MoEConfig
 from dllm_jax.sharding import make_mesh
-from dllm_jax.testing import tiny
 from dllm_jax.tokenizer import Tokenizer
 
 TINY = TransformerConfig(
@@ -148,7 +148,8 @@ def test_the_tokenizer_goes_along(tmp_path: Path):
 
 
 def test_what_cannot_be_exported(tmp_path: Path):
-    model, params = tiny()
+    adapted = dataclasses.replace(TINY, mask_id=40, adapter=AdapterConfig(rank=2))
+    model, params = Transformer(adapted), random_params(adapted)
     with pytest.raises(ValueError, match="an adapter that acts on mask tokens alone: no published"):
         export(tmp_path / "m", model, params)
     for change, message in (

@@ -188,6 +188,15 @@ def test_infilling_a_canvas_is_its_slow_twin(model_of):
     assert int(out.nfe[0]) == steps
 
 
+def test_infilling_can_be_watched(model_of):
+    model, params = model_of("llada")
+    rows, recipe = [[7, None, 9, None], [5, None]], RECIPES["llada"][1]
+    last = list(stream(model, params, rows, recipe=recipe))[-1]
+    out = infill(model, params, rows, recipe=recipe)
+    np.testing.assert_array_equal(last.tokens[0, :4], out.tokens[0, :4])
+    np.testing.assert_array_equal(last.tokens[1, :2], out.tokens[1, :2])
+
+
 def test_a_prompt_and_its_infilling_are_the_same(model_of):
     """Masks behind a text are what generate puts there."""
     model, params = model_of("llada")

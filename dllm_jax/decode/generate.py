@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from dllm_jax.decode import denoise, verify
-from dllm_jax.decode.prompt import BUCKET, Prompt, checked, edge, pad
+from dllm_jax.decode.prompt import BUCKET, Prompt, checked, edge, has_free, pad
 from dllm_jax.decode.start import initial
 from dllm_jax.decode.state import DecodeState, Result, result
 from dllm_jax.recipes import Recipe, Verified
@@ -70,9 +70,12 @@ def stream(
 ) -> Iterator[DecodeState]:
     """As `generate`, but yields the state after the prefill and after every step.
 
-    `decode.state.result(state, max_new_tokens)` cuts the answers out of any of them.
+    `decode.state.result(state, max_new_tokens)` cuts the answers out of any of them. Rows with free
+    positions (None) are filled in, as by `infill`, whatever `max_new_tokens` says.
     """
-    job = edge(model, checked(prompt, model.config), recipe, max_new_tokens, key)
+    filling = has_free(prompt)
+    prompt = checked(prompt, model.config, infilling=filling)
+    job = edge(model, prompt, recipe, None if filling else max_new_tokens, key)
     yield from _stream(model, params, job)
 
 

@@ -58,6 +58,13 @@ def pad(rows: Sequence, bucket: int = BUCKET) -> Prompt:
     return Prompt(jnp.asarray(tokens), lengths, jnp.asarray(free) if free.any() else None)
 
 
+def has_free(prompt) -> bool:
+    """Whether a prompt has positions to fill in."""
+    if isinstance(prompt, Prompt) or hasattr(prompt, "shape"):
+        return getattr(prompt, "free", None) is not None
+    return any(hasattr(row, "__iter__") and any(t is None for t in row) for row in prompt)
+
+
 def checked(prompt, config, infilling: bool = False) -> Prompt:
     """A padded prompt whose lengths and ids are within bounds, as far as they are known."""
     if not isinstance(prompt, Prompt):

@@ -67,6 +67,7 @@ def score_choices(
         if recipe is not None:
             total = log_likelihood(model, params, rows, answers, recipe=recipe, **options).total
         else:
+            assert key is not None  # checked above
             numbers = jnp.array([p for p, _ in part])
             keys = jax.vmap(partial(jax.random.fold_in, key))(numbers)
             total = bound(model, params, rows, answers, key=keys, **options).mean

@@ -129,9 +129,7 @@ class Output(NamedTuple):
     kv: Any  # [Ly, B, K, Q, 2 * H]: the entries' own keys and values, ready for `cache.append`
 
 
-def forward(
-    model: nn.Module, params: Params, tokens: Int[Array, "B Q"], **options: Any
-) -> Output:
+def forward(model: nn.Module, params: Params, tokens: Int[Array, "B Q"], **options: Any) -> Output:
     """One forward pass of any of our modules; `options` are those of its `__call__`."""
     out = model.apply({"params": params}, tokens, **options)
     assert isinstance(out, Output)

@@ -26,8 +26,8 @@ def rows_per_tile(pairs: int, groups: int) -> int:
     """How many rows a tile has, given how many there are to share out: a power of 2, 4 to 32.
 
     About twice as many as a group has on average: a tile costs the reading of its matrix, an empty
-    row a multiplication. Fewer than 4 are no faster on a CPU, and a single row is summed in another
-    order there: from 2 to 32, a row's product is the same to the bit.
+    row a multiplication. Fewer than 4 are no faster on a CPU, and a row alone would be summed in
+    another order there than one among others.
     """
     wanted = max(2 * pairs // groups, 1)
     return min(max(1 << (wanted - 1).bit_length(), 4), 32)
@@ -52,11 +52,11 @@ def tiles(chosen: Int[Array, "T k"], groups: int, at_once: int) -> Tiles:
     most = -(-most // at_once) * at_once
     tokens = jnp.arange(pairs, dtype=jnp.int32) // chosen.shape[1]
     source = jnp.full(most * size, len(chosen), jnp.int32).at[slot].set(tokens, unique_indices=True)
-    group = jnp.repeat(jnp.arange(groups), filled, total_repeat_length=most)
+    group = (jnp.arange(most)[:, None] >= ends).sum(axis=1)
     return Tiles(
         source.reshape(most, size),
         slot.reshape(chosen.shape).astype(jnp.int32),
-        group.astype(jnp.int32),
+        jnp.minimum(group, groups - 1).astype(jnp.int32),
         ends[-1].astype(jnp.int32),
     )
 

@@ -186,4 +186,5 @@ def _ragged(activation, x, chosen, weights, own, stack):
 
 def _summed(out: Float[Array, "T k D"], weights: Float[Array, "T k"]) -> Float[Array, "T D"]:
     """The weighted sum over a token's experts, float32."""
-    return (out.astype(jnp.float32) * weights[..., None]).sum(axis=1)
+    wide = out.astype(jnp.float32)
+    return jnp.einsum("tkd,tk->td", wide, weights, precision="highest")
