@@ -19,7 +19,7 @@ from dllm_jax.policies import ConfidenceThreshold, Quota
 from dllm_jax.testing import tiny
 from pallas_kernels import BlockMask
 
-MASK = 3  # in a vocabulary of four, so that all texts of five tokens are 243
+MASK = 3  # in a vocabulary of four: there are 81 texts of four tokens
 
 
 @cache
@@ -90,7 +90,7 @@ DETERMINISTIC = {
 
 
 QUICK = (
-    "ar", "block_diffusion-0.6", "llada-guided", "prefix", "dream", "dream-dual", "sdar-dynamic",
+    "ar", "block_diffusion-0.6", "llada-guided", "prefix", "dream-dual", "sdar-dynamic",
     "v2-cached",
 )  # fmt: skip
 
@@ -203,7 +203,7 @@ FILLED = [[2, None, 1, None], [0, 1, 1, 2, None, 0, None, None], [1, 1]]
 TOKENS = [[0, 1], [2, 2, 0], [0, 1, 0, 2, 1]]
 
 
-@pytest.mark.parametrize("name", slow_but(("ar", "prefix"), ("ar", "prefix", "v2-cached")))
+@pytest.mark.parametrize("name", slow_but(("ar",), ("ar", "prefix", "v2-cached")))
 def test_a_row_scores_as_alone(name: str):
     pair, recipe = DETERMINISTIC[name]
     rows = [[2], [1, 0, 0, 1, 2, 1], [1, 1]] if name == "ar" else FILLED
@@ -281,7 +281,7 @@ ESTIMATES = {
 }
 
 
-@pytest.mark.parametrize("name", slow_but(("exact", "shifted"), ESTIMATES))
+@pytest.mark.parametrize("name", slow_but(("exact",), ESTIMATES))
 def test_the_bound_is_the_mean_over_all_orders(name: str):
     which, noise, times = ESTIMATES[name]
     pair = {"same": CANVAS, "shifted": SHIFTED}[which]
@@ -311,10 +311,11 @@ def test_the_bound_is_below(which: str, name: str):
     assert (exact < below).any(), "the bound is below on average, not for every text"
 
 
-@pytest.mark.parametrize("shifted", [False, True])
-def test_the_bound_in_blocks_is_the_mean_over_their_orders(shifted: bool):
+@pytest.mark.parametrize("alignment", slow_but(("shifted",), ("shifted", "same_position")))
+def test_the_bound_in_blocks_is_the_mean_over_their_orders(alignment: str):
     """Blocks of two, [2 0] [1 .] [. .] [. -]: each in a pass of its own, without a cache."""
-    model, params = model_of("block_causal", "shifted" if shifted else "same_position", 2)
+    shifted = alignment == "shifted"
+    model, params = model_of("block_causal", alignment, 2)
     texts = np.array(all_texts(4))
     whole = np.concatenate([np.tile(PROMPT, (len(texts), 1)), texts], axis=1)
     behind = np.full((len(texts), 1), MASK)  # the last block's second, of which nothing is known
@@ -466,7 +467,7 @@ def test_uniform_noise_in_blocks():
 PAIRS = {"canvas": CANVAS, "blocks": BLOCKS, "uniform": UNIFORM}
 
 
-@pytest.mark.parametrize("which", slow_but(("canvas", "blocks"), PAIRS))
+@pytest.mark.parametrize("which", slow_but(("blocks",), PAIRS))
 def test_neither_neighbours_nor_chunks_change_an_estimate(which: str):
     keys = jax.random.split(jax.random.key(7), 3)
     estimate = partial(bound, *PAIRS[which], samples=12)

@@ -15,6 +15,7 @@ from dllm_jax.decode.generate import generate, infill, run, stream
 from dllm_jax.decode.prompt import checked, edge, pad
 from dllm_jax.decode.state import result
 from dllm_jax.nn.transformer import forward, logits_of
+from dllm_jax.testing import tiny
 from dllm_jax.testing.replay import replay
 
 LENGTHS = (3, 16, 7, 21, 12)
@@ -186,6 +187,14 @@ def test_infilling_a_canvas_is_its_slow_twin(model_of):
             tokens[i] = int(probs[i].argmax())
     assert np.asarray(out.tokens[0, : len(row)]).tolist() == tokens
     assert int(out.nfe[0]) == steps
+
+
+def test_an_end_of_turn_does_not_end_an_infilled_row():
+    model, params = tiny(vocab_size=3, sharpness=8.0)
+    rows = [[2, 0, 1] + [None] * 5, [1, 2] + [None] * 6]
+    out = infill(model, params, rows, recipe=recipes.block_diffusion(threshold=0.6))
+    assert (np.asarray(out.tokens)[:, :8] < 3).all()
+    assert (np.asarray(out.tokens)[:, 3:7] == 1).any(), "no end-of-turn was drawn"
 
 
 def test_infilling_can_be_watched(model_of):

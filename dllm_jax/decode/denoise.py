@@ -26,7 +26,7 @@ from dllm_jax.decode.state import (
     write,
 )
 from dllm_jax.nn.transformer import logits_of
-from dllm_jax.ops.sampling import draw, probabilities, uniform
+from dllm_jax.ops.sampling import best_token, draw, probabilities, uniform
 from dllm_jax.policies import CommitView, FinishView, Pipeline, ReNoise, ReviseView, Sliding
 from dllm_jax.policies.commit import entropy
 from dllm_jax.recipes import Denoise
@@ -118,7 +118,7 @@ def _choose(model, params, recipe: Denoise, keys, state: DecodeState, hidden, at
     if recipe.shape is not None:
         logits = recipe.shape.shape(logits, state.step)
     allowed = logits if recipe.predict_mask else without_mask(logits, model.config.mask_id)
-    greedy = allowed.argmax(axis=-1).astype(jnp.int32)
+    greedy = best_token(allowed)
     tokens = greedy
     if keys is not None:
         drawn = probabilities(allowed, recipe.sampling)

@@ -123,6 +123,8 @@ def edge(model, prompt: Prompt, recipe: Any, max_new_tokens: int | None, key) ->
             f"{config.max_length}; ask for at most {config.max_length - longest}"
         )
     _fits(recipe, config, max_new_tokens is None)
+    if max_new_tokens is None:  # what ends a turn is a token like any other
+        recipe = dataclasses.replace(recipe, ending="never")
     recipe.sampling.check()
     keys = _keys(key, batch, recipe)
     room = -(-budget // BUCKET) * BUCKET

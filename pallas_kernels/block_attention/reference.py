@@ -28,7 +28,7 @@ def block_attention(q, k, v, mask: BlockMask, *, cache=None, cache_end=None, hol
     """See `pallas_kernels.block_attention`."""
     batch, entries, heads, size = q.shape
     kv_heads, clean = k.shape[2], mask.clean
-    q = q.reshape(batch, entries, kv_heads, heads // kv_heads, size)
+    q = jnp.moveaxis(q.reshape(batch, entries, kv_heads, heads // kv_heads, size), 1, 3)
     k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)  # [B, K, Q, H], as the cache has them
     scale = size**-0.5 if scale is None else scale
 
@@ -65,11 +65,12 @@ def block_attention(q, k, v, mask: BlockMask, *, cache=None, cache_end=None, hol
 
     parts = []
     if clean:
-        parts.append(_attend(q[:, :clean], scale, reads(0, clean)))
+        parts.append(_attend(q[:, :, :, :clean], scale, reads(0, clean)))
     if entries > clean:
         own = (k[:, :, clean:], v[:, :, clean:], mask.block)
-        parts.append(_attend(q[:, clean:], scale, reads(clean, entries), own))
-    return jnp.concatenate(parts, axis=1).reshape(batch, entries, heads, size).astype(q.dtype)
+        parts.append(_attend(q[:, :, :, clean:], scale, reads(clean, entries), own))
+    out = jnp.moveaxis(jnp.concatenate(parts, axis=3), 3, 1)
+    return out.reshape(batch, entries, heads, size).astype(q.dtype)
 
 
 def _recent(cache, cache_end, window: int) -> tuple[jax.Array, jax.Array]:
@@ -86,12 +87,12 @@ def _recent(cache, cache_end, window: int) -> tuple[jax.Array, jax.Array]:
 def _attend(
     q, scale: float, reads: list[_Read], own: tuple[jax.Array, jax.Array, int] | None = None
 ):
-    """One softmax over several sets of keys, float32[B, Q, K, G, H].
+    """One softmax over several sets of keys, float32[B, K, G, Q, H] as `q` is.
 
     `own` = (keys, values, block): each group of `block` queries also reads itself.
     """
     scores = [
-        jnp.where(r.visible[:, None, None], _einsum("bqkgh,bksh->bkgqs", q, r.keys), _NEG)
+        jnp.where(r.visible[:, None, None], _folded("bkqh,bksh->bkqs", q, r.keys), _NEG)
         for r in reads
     ]
     if own is not None:
@@ -99,30 +100,40 @@ def _attend(
     top = jnp.max(jnp.stack([s.max(axis=-1) for s in scores]), axis=0)[..., None]
     top = jax.lax.stop_gradient(top)
     weights = [jnp.where(s > _NEG, jnp.exp(scale * (s - top)), 0.0) for s in scores]
-    total = jnp.moveaxis(sum(w.sum(axis=-1) for w in weights), -1, 1)[..., None]  # [B, Q, K, G, 1]
+    total = sum(w.sum(axis=-1, keepdims=True) for w in weights)
     out = jnp.zeros(q.shape, jnp.float32)
     for r, w in zip(reads, weights, strict=False):
-        out += _einsum("bkgqs,bksh->bqkgh", w.astype(r.values.dtype), r.values)
+        out += _folded("bkqs,bksh->bkqh", w.astype(r.values.dtype), r.values)
     if own is not None:
         out += _own_values(weights[-1], own[1], own[2])
     return out / jnp.where(total > 0, total, 1.0)
 
 
+def _folded(contract: str, x, y) -> jax.Array:
+    """The product of [B, K, G, Q, .] and [B, K, S, .], heads and queries of a group as one axis.
+
+    In any other order, or with more axes, XLA transposes keys, values or scores for it on CPUs.
+    """
+    batch, kv_heads, group, entries, _ = x.shape
+    out = _einsum(contract, x.reshape(batch, kv_heads, group * entries, -1), y)
+    return out.reshape(batch, kv_heads, group, entries, -1)
+
+
 def _own_scores(q, keys, block: int) -> jax.Array:
     """Scores of each query against its own group, float32[B, K, G, Q, block]."""
-    batch, entries, kv_heads, group, size = q.shape
-    folded = q.reshape(batch, entries // block, block, kv_heads, group, size)
-    scores = _einsum("bntkgh,bknsh->bkgnts", folded, _groups(keys, block))
+    batch, kv_heads, group, entries, size = q.shape
+    folded = q.reshape(batch, kv_heads, group, entries // block, block, size)
+    scores = _einsum("bkgnth,bknsh->bkgnts", folded, _groups(keys, block))
     return scores.reshape(batch, kv_heads, group, entries, block)
 
 
 def _own_values(weights, values, block: int) -> jax.Array:
-    """Values of each query's own group, weighed, float32[B, Q, K, G, H]."""
+    """Values of each query's own group, weighed, float32[B, K, G, Q, H]."""
     batch, kv_heads, group, entries, _ = weights.shape
     folded = weights.reshape(batch, kv_heads, group, entries // block, block, block)
     folded = folded.astype(values.dtype)
-    mixed = _einsum("bkgnts,bknsh->bntkgh", folded, _groups(values, block))
-    return mixed.reshape(batch, entries, kv_heads, group, values.shape[-1])
+    mixed = _einsum("bkgnts,bknsh->bkgnth", folded, _groups(values, block))
+    return mixed.reshape(batch, kv_heads, group, entries, values.shape[-1])
 
 
 def _groups(x, block: int) -> jax.Array:
