@@ -28,20 +28,20 @@ GOLDENS = {
 }
 
 
+@partial(jax.jit, static_argnames=("model", "block"))
+def logits(model, params, tokens, block):
+    mask = BlockMask.block_causal(tokens.shape[1], block) if block else None
+    return logits_of(model, params, forward(model, params, tokens, mask=mask).hidden)
+
+
 @pytest.mark.parametrize("name", GOLDENS)
 def test_logits_match_the_published_code(goldens: Path, name: str):
     folder = goldens / name
     model, params = load(folder)
-
-    @partial(jax.jit, static_argnums=1)
-    def logits(tokens, block):
-        mask = BlockMask.block_causal(tokens.shape[1], block) if block else None
-        return logits_of(model, params, forward(model, params, tokens, mask=mask).hidden)
-
     outputs = np.load(folder / "outputs.npz")
     for key, block in GOLDENS[name].items():
         tokens = np.load(folder / "inputs.npz")["tokens"].astype(np.int32)
-        got = logits(jnp.asarray(tokens), block)
+        got = logits(model, params, jnp.asarray(tokens), block)
         np.testing.assert_allclose(got, outputs[key], atol=1e-4, rtol=0)
 
 

@@ -197,6 +197,43 @@ def test_an_end_of_turn_does_not_end_an_infilled_row():
     assert (np.asarray(out.tokens)[:, 3:7] == 1).any(), "no end-of-turn was drawn"
 
 
+def test_long_given_text_in_a_sliding_canvas():
+    """A hole, more given tokens than the canvas holds, and holes again."""
+    model, params = tiny()
+    row = [5, 6, None, *range(7, 17), None, None, 20]
+    ask = lambda size: infill(  # noqa: E731
+        model,
+        params,
+        [row, [3, None]],
+        recipe=recipes.block_diffusion(block_size=size, threshold=1),
+    )
+    tokens = np.asarray(ask(4).tokens[0, : len(row)]).tolist()
+    expected = []
+    for token in row:  # at a threshold of 1, the causal mode's own choice at each hole
+        if token is None:
+            hidden = forward(model, params, jnp.array([expected]), canvas=False).hidden
+            token = int(logits_of(model, params, hidden[0, -1]).argmax())
+        expected.append(token)
+    assert tokens == expected
+
+
+def test_canvases_of_uniform_noise_begin_afresh(model_of):
+    """Neither the step before nor the conditioning of one canvas is felt in the next."""
+    model, params = model_of("diffusion_gemma")
+    recipe = recipes.diffusion_gemma(canvas=16, steps=5, entropy=1e-9)
+    out = generate(
+        model, params, [[5, 6, 7]], recipe=recipe, max_new_tokens=40, key=jax.random.key(0)
+    )
+    assert int(out.nfe[0]) <= 3 * 5
+    states = stream(
+        model, params, [[5, 6, 7]], recipe=recipe, max_new_tokens=40, key=jax.random.key(0)
+    )
+    for before, after in itertools.pairwise(states):
+        if int(after.start[0]) != int(before.start[0]):
+            assert (after.previous == -1).all()
+            assert (after.carry == 0).all()
+
+
 def test_infilling_can_be_watched(model_of):
     model, params = model_of("llada")
     rows, recipe = [[7, None, 9, None], [5, None]], RECIPES["llada"][1]
@@ -294,6 +331,15 @@ def test_recipes_that_do_not_fit_a_model_are_told_so(model_of):
     told("causal, shifted model", "llada", recipes.ar())
     told("uniform noise", "llada", recipes.diffusion_gemma(), jax.random.key(0))
     told("needs a key", "llada", recipes.llada(remasking="random"))
+    told("a pipeline of blocks needs", "llada", dataclasses.replace(recipes.d2f(), cache="none"))
+    with pytest.raises(ValueError, match="steps=0"):
+        recipes.llada(steps_per_block=0)
+    with pytest.raises(ValueError, match="no block is filled"):
+        recipes.d2f(add=1.5)
+    causal, weights = tiny()
+    for recipe in (recipes.sdar(), recipes.d2f(), recipes.fast_dllm_v2()):
+        with pytest.raises(ValueError, match=r"block_diffusion|pipeline"):
+            generate(causal, weights, [[5, 6]], recipe=recipe, max_new_tokens=4)
     finish = dataclasses.replace(recipes.diffusion_gemma(), finish=None)
     told("needs a `finish`", "diffusion_gemma", finish, jax.random.key(0))
     model, params = model_of("sdar")

@@ -128,7 +128,9 @@ def _choose(model, params, recipe: Denoise, keys, state: DecodeState, hidden, at
         index = jnp.minimum(at, state.forced.shape[1] - 1)
         written = jnp.take_along_axis(state.forced, index, axis=1)
     total = jax.nn.logsumexp(allowed, axis=-1)
-    logprobs = jnp.take_along_axis(allowed, written[..., None], axis=-1)[..., 0] - total
+    # Uniform noise: what a canvas ends as is its most probable tokens.
+    scored = greedy if isinstance(recipe.revise, ReNoise) else written
+    logprobs = jnp.take_along_axis(allowed, scored[..., None], axis=-1)[..., 0] - total
     # Published codes count the mask token in the confidence, though it is not to be written.
     if allowed is not logits and 0 <= state.mask_id < logits.shape[-1]:
         total = jnp.logaddexp(total, logits[..., state.mask_id])
@@ -225,8 +227,9 @@ def _settle(model, params, recipe: Denoise, keys, out: Pass, rows, opening=None)
                 entropy=_mean(entropy(choice.probs), inside),
             )
         )
-        keep = rows[:, None]
-        state = dataclasses.replace(state, previous=jnp.where(keep, choice.greedy, state.previous))
+        seen = jnp.where(done[:, None], -1, choice.greedy)  # the next block has no step before
+        previous = jnp.where(rows[:, None], seen, state.previous)
+        state = dataclasses.replace(state, previous=previous)
     done &= rows
     # A block that is done has no masks; one of uniform noise ends as the most probable tokens.
     rest = window(state.open, out.base, count) & inside & done[:, None]
@@ -275,7 +278,8 @@ def _conclude(model, recipe: Denoise, state: DecodeState, moved, rows) -> Decode
     first_open = jnp.where(state.open, index, state.end[:, None]).min(axis=1)
     sliding = isinstance(recipe.width, Sliding)
     if sliding:
-        start = jnp.minimum(first_open, state.limit)
+        # Given tokens (infilling) may go on for long: a pass caches no more than `size` of them.
+        start = jnp.minimum(jnp.minimum(first_open, state.limit), state.start + size)
     elif recipe.cache in ("none", "prefix", "dual"):
         # Blocks of given tokens (infilling) need no pass.
         ahead = jnp.maximum(first_open - state.start, 0) // size * size

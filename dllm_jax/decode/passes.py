@@ -147,9 +147,10 @@ def block_causal(model, params, recipe: Denoise, state: DecodeState, rows) -> Pa
     out = _by_length(run, jnp.where(rows, live, 0).max(), lengths)
     hidden = out.hidden
     counts = jnp.where(rows, fresh, 0)
-    last = jnp.where(twice(recipe, counts)[:, None, None] > 0, out.last, hidden[:, :1])
     if shifted(model):
-        last = jnp.where(twice(recipe, fresh)[:, None, None] > 0, out.last, state.last)
+        per_row = lambda x: twice(recipe, x)[:, None, None]  # noqa: E731
+        last = jnp.where(per_row(fresh > 0), out.last, state.last)
+        last = jnp.where(per_row(state.start == 0), hidden[:, :1], last)  # nothing is before it
         hidden = _shift(hidden, last)
         kept = twice(recipe, rows)[:, None, None]
         state = dataclasses.replace(state, last=jnp.where(kept, last, state.last))

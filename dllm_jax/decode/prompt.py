@@ -68,7 +68,9 @@ def has_free(prompt) -> bool:
 def checked(prompt, config, infilling: bool = False) -> Prompt:
     """A padded prompt whose lengths and ids are within bounds, as far as they are known."""
     if not isinstance(prompt, Prompt):
-        if getattr(prompt, "ndim", 2) == 2 and hasattr(prompt, "shape"):
+        if hasattr(prompt, "shape") and prompt.ndim != 2:
+            raise ValueError(f"a prompt array is [rows, ids]; this one has shape {prompt.shape}")
+        if hasattr(prompt, "shape"):
             prompt = Prompt(
                 jnp.asarray(prompt, jnp.int32),
                 jnp.full(prompt.shape[0], prompt.shape[1], jnp.int32),
@@ -112,8 +114,10 @@ def edge(model, prompt: Prompt, recipe: Any, max_new_tokens: int | None, key) ->
             f"recipe={recipe!r} is not a recipe; call one of dllm_jax.recipes, e.g. ar()"
         )
     batch, width = prompt.tokens.shape
-    if max_new_tokens is not None and max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    if max_new_tokens is not None and not (
+        isinstance(max_new_tokens, int | np.integer) and max_new_tokens > 0
+    ):
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be a whole number, at least 1")
     traced = isinstance(prompt.lengths, jax.core.Tracer)
     longest = width if traced else int(np.max(np.asarray(prompt.lengths)))
     budget = max_new_tokens or 0
@@ -123,7 +127,9 @@ def edge(model, prompt: Prompt, recipe: Any, max_new_tokens: int | None, key) ->
             f"{config.max_length}; ask for at most {config.max_length - longest}"
         )
     _fits(recipe, config, max_new_tokens is None)
-    if max_new_tokens is None:  # what ends a turn is a token like any other
+    if max_new_tokens is None and isinstance(
+        recipe, Denoise
+    ):  # what ends a turn is a token like any other
         recipe = dataclasses.replace(recipe, ending="never")
     recipe.sampling.check()
     keys = _keys(key, batch, recipe)
@@ -172,6 +178,16 @@ def _fits(recipe: Recipe, config, infilling: bool) -> None:
             ' use a recipe with cache="exact"'
         )
     pipeline = isinstance(recipe.width, Pipeline)
+    if pipeline and (canvas or config.attention == "causal"):
+        raise ValueError(
+            'a pipeline of blocks needs cache="exact" and a model that sees in both directions'
+            f" within a block; got cache={recipe.cache!r} and a {config.attention} model"
+        )
+    sliding = isinstance(recipe.width, Sliding)
+    if config.attention == "causal" and config.alignment == "shifted" and not sliding:
+        raise ValueError(
+            "blocks of a causal, shifted model slide: use block_diffusion, or width=Sliding(size)"
+        )
     if not canvas and config.attention == "bidirectional" and not pipeline:
         raise ValueError(
             "an exact cache needs a model whose finished blocks do not see later ones; this one is"

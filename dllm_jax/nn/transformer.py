@@ -332,7 +332,7 @@ def _layer(
     hidden = hidden + project(mixed, p["o"].reshape(-1, config.dim), "o", "bqi,id->bqd")
     p = base["mlp"]
     x = rms_norm(hidden, p["norm"], config.norm_eps)
-    if stack is not None:
+    if config.moe and "router" in p:
         hidden = hidden + _mixture(config.moe, p, stack, x)
     else:
         gated = nn.silu(project(x, p["gate"], "gate", "bqd,df->bqf"))
@@ -342,7 +342,7 @@ def _layer(
     return hidden, jnp.moveaxis(kv, 1, 2)
 
 
-def _mixture(config: MoEConfig, p: Params, stack: Stack, x: jax.Array) -> jax.Array:
+def _mixture(config: MoEConfig, p: Params, stack: Stack | None, x: jax.Array) -> jax.Array:
     """What the experts make of each token [B, Q, D], with the one that all tokens share."""
     flat = x.reshape(-1, x.shape[-1])
     # A rounding of the logits is another choice of experts: they are float32 in full.

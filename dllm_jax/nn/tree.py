@@ -69,7 +69,10 @@ def is_apart(stack: Any) -> bool:
 
 
 def _split(name: str, stack: Any):
-    if name not in ("layers", "dense_layers") or is_apart(stack) or "router" in stack["mlp"]:
+    if name not in ("layers", "dense_layers") or is_apart(stack):
+        return stack
+    # Of the modules, `Transformer` alone takes its layers so; experts are read where they lie.
+    if set(stack) != {"attention", "mlp"} or "router" in stack["mlp"]:
         return stack
     leaves = jax.tree.leaves(stack)
     count = leaves[0].shape[0]

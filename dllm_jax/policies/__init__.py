@@ -10,12 +10,13 @@ from dllm_jax.policies.commit import (
     Quota,
     TimeGrid,
 )
-from dllm_jax.policies.finish import FinishView, NoEdits, StableAndConfident
+from dllm_jax.policies.finish import AfterSteps, FinishView, NoEdits, StableAndConfident
 from dllm_jax.policies.revise import ReMDM, ReNoise, Replace, ReviseView, Revision
 from dllm_jax.policies.shaping import AnnealedTemperature, Guidance, SelfConditioning
 from dllm_jax.policies.width import Blocks, Pipeline, Sliding
 
 __all__ = [
+    "AfterSteps",
     "Ancestral",
     "AnnealedTemperature",
     "Blocks",

@@ -69,6 +69,12 @@ def best(scores: jax.Array, count: jax.Array) -> jax.Array:
     return (place < jnp.asarray(count)[..., None]) & (scores > -jnp.inf)
 
 
+def at_least_one(steps: Number) -> None:
+    """Raises ValueError on a number of steps below one, where it is known."""
+    if isinstance(steps, int) and steps < 1:
+        raise ValueError(f"steps={steps} must be at least 1")
+
+
 def static(*, default: Any) -> Any:
     """A field that is part of the program, not of its arguments."""
     return dataclasses.field(default=default, metadata={"static": True})
@@ -97,6 +103,7 @@ class Quota:
     def __post_init__(self):
         if self.per not in ("masked", "block"):
             raise ValueError(f"per={self.per!r} is neither masked nor block")
+        at_least_one(self.steps)
 
     def count(self, view: CommitView) -> jax.Array:
         """int32[B]: positions to write at this step."""
@@ -181,6 +188,9 @@ class TimeGrid:
     steps: Number = 32
     eps: Number = 1e-3
     rank: str = static(default="entropy")
+
+    def __post_init__(self):
+        at_least_one(self.steps)
 
     def commit(self, view: CommitView) -> jax.Array:
         t, s = grid(view.step, self.steps, self.eps), grid(view.step + 1, self.steps, self.eps)

@@ -49,3 +49,16 @@ class StableAndConfident:
 
     def done(self, view: FinishView) -> jax.Array:
         return (view.stable & (view.entropy < self.entropy)) | (view.steps >= self.steps)
+
+
+@part
+class AfterSteps:
+    """After `steps` steps, though nothing be masked before: what is written may yet be taken back.
+
+    With `ReMDM`.
+    """
+
+    steps: Number = 32
+
+    def done(self, view: FinishView) -> jax.Array:
+        return view.steps >= self.steps

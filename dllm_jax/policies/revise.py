@@ -54,7 +54,8 @@ class ReMDM:
     """Re-masks written tokens with a small probability as time falls (ReMDM, 2503.00307).
 
     Both parts of a recipe, `commit` and `revise`: as a position may be masked again, masked ones
-    are revealed a little faster, so that the marginals stay those of the masked process. With
+    are revealed a little faster, so that the marginals stay those of the masked process (but with
+    `by_confidence`, which re-masks little). With
     a_t = 1 - t, sigma_max = min(1, (1 - a_s) / a_t):
 
     * schedule "cap": sigma = min(eta, sigma_max); "rescale": sigma = eta * sigma_max;
@@ -80,7 +81,9 @@ class ReMDM:
 
     def commit(self, view: CommitView) -> jax.Array:
         t, s = grid(view.step, self.steps, 0.0), grid(view.step + 1, self.steps, 0.0)
-        reveal = ((1 - s) - (1 - self.sigma(view.step)) * (1 - t)) / t
+        # Shared out by confidence, re-masking is rare, and the published code reveals as without.
+        sigma = 0.0 if self.by_confidence else self.sigma(view.step)
+        reveal = ((1 - s) - (1 - sigma) * (1 - t)) / t
         reveal = jnp.where(view.step >= jnp.asarray(self.steps) - 1, 1.0, reveal)
         return view.masked & (view.rank("random") < reveal[:, None])
 

@@ -56,6 +56,8 @@ class Pipeline:
         _positive(self.size, 1)
         if self.blocks < 1:
             raise ValueError(f"blocks={self.blocks} must be at least 1")
+        if isinstance(self.add, int | float) and self.add > 1:
+            raise ValueError(f"add={self.add} is a share: no block is filled to more than 1")
 
 
 def _positive(size, least: int) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from dllm_jax.ops.sampling import Sampling
 from dllm_jax.policies import (
+    AfterSteps,
     Ancestral,
     AnnealedTemperature,
     Blocks,
@@ -201,6 +202,7 @@ def remdm(
         width=Blocks(0),
         commit=part,
         revise=part,
+        finish=AfterSteps(steps),
         progress=False,
         sampling=_sampling(temperature, top_k, top_p),
     )

@@ -148,29 +148,29 @@ class Ours:
 
         from dllm_jax.decode import denoise, passes
         from dllm_jax.decode.prompt import checked, edge
+        from dllm_jax.nn.tree import apart
 
         config, model = self.config, self.model
         states = self.dj.stream(
             model, self.params, rows, recipe=self.recipe(mode), max_new_tokens=config.new_tokens
         )
         opened, inside = next(states), next(states)
-        job = edge(
-            model, checked(rows, model.config), self.recipe(mode), config.new_tokens, None
-        )
+        job = edge(model, checked(rows, model.config), self.recipe(mode), config.new_tokens, None)
+        recipe: Any = job.recipe
         served = np.ones(config.batch, bool)
 
         @partial(jax.jit, static_argnames="wide")
         def passed(params, state, *, wide):
             kind = passes.whole_canvas if wide else passes.around_block
-            out = kind(model, params, job.recipe, state, served)
+            out = kind(model, params, recipe, state, served)
             return out.hidden, out.state.cache.kv if wide else None
 
         @partial(jax.jit, static_argnames="wide")
         def stepped(params, state, *, wide):
-            out = denoise.step(model, params, job.recipe, None, state, served, wide=wide)
+            out = denoise.step(model, params, recipe, None, state, served, wide=wide)
             return out.tokens, out.stale, out.cache.kv if wide else None
 
-        timed = partial(_timed, self.params)
+        timed = partial(_timed, apart(self.params))  # as `generate` does before its loop
         wide, narrow = timed(passed, opened, wide=True), timed(passed, inside, wide=False)
         scores = [
             timed(stepped, opened, wide=True) - wide,
@@ -186,19 +186,16 @@ class Ours:
         import jax
         import jax.numpy as jnp
 
-        keys = jax.random.split(jax.random.key(0))
+        keys = jax.random.split(jax.random.key(0), count + 1)
         x = jax.random.normal(keys[0], (rows, inner))
-        weights = jax.random.normal(keys[1], (count, inner, columns))
+        weights = [jax.random.normal(key, (inner, columns)) for key in keys[1:]]
 
         @jax.jit
         def products(x, weights):
-            def one(carry, weight):
-                return (x + carry) @ weight, None
-
-            def body(carry, weight):  # each depends on the one before
-                return one(carry, weight)[0][0, 0] * 1e-9, None
-
-            return jax.lax.scan(body, jnp.float32(0), weights)[0]
+            carry = jnp.float32(0)
+            for weight in weights:  # each product waits for the one before
+                carry = ((x + carry) @ weight)[0, 0] * 1e-9
+            return carry
 
         found = []
         for _ in range(repeat + 1):
@@ -250,7 +247,12 @@ def products(ours, theirs, config: Duel) -> list[dict[str, Any]]:
     block, canvas = (config.batch * n for n in (config.block, config.prompt + config.new_tokens))
     table = []
     for rows in (block, canvas):
-        for inner, columns, count in ((768, 768, 24), (768, 2048, 12), (2048, 768, 12), (768, 16384, 2)):
+        for inner, columns, count in (
+            (768, 768, 24),
+            (768, 2048, 12),
+            (2048, 768, 12),
+            (768, 16384, 2),
+        ):
             shape = {"rows": rows, "inner": inner, "columns": columns, "count": count, "repeat": 5}
             flops = 2 * rows * inner * columns * count / 1e9
             rates = [flops / statistics.median(side.gemm(**shape)) for side in (ours, theirs)]
@@ -303,8 +305,8 @@ def markdown(report: dict[str, Any], config: Duel) -> str:
     lines = [
         f"{report['device']}, {config.threads} threads, jax {versions['jax']}, torch "
         f"{versions['torch']}, {report['date']}, commit {report['commit']}; load "
-        f"{report['load_before'][0]:.1f} before, {report['load_after'][0]:.1f} after. LLaDA body of "
-        f"12 layers of 768, float32, batch {config.batch}, {config.prompt} prompt tokens and "
+        f"{report['load_before'][0]:.1f} before, {report['load_after'][0]:.1f} after. LLaDA body "
+        f"of 12 layers of 768, float32, batch {config.batch}, {config.prompt} prompt tokens and "
         f"{config.new_tokens} new ones in blocks of {config.block}; the same tokens on both sides; "
         f"medians of {config.repeat} runs in turn.",
         "",
