@@ -30,7 +30,7 @@ from dllm_jax.models import weights
 from dllm_jax.models.adapters import read_adapter, save_adapter
 from dllm_jax.models.export import write_published, write_tokenizer
 from dllm_jax.models.folders import check_tree, facts_of, read_facts, whole
-from dllm_jax.models.peft import is_peft, with_peft
+from dllm_jax.models.peft import is_peft, read_peft, with_peft
 from dllm_jax.models.tensors import leaves
 from dllm_jax.nn.transformer import TransformerConfig
 from dllm_jax.nn.tree import param_axes, param_shapes
@@ -53,6 +53,7 @@ def load(
     mesh: Mesh | None = None,
     rules: Rules | None = None,
     adapter: PathLike | None = "auto",
+    merge: bool = True,
 ) -> tuple[Any, Params]:
     """A model (a `Transformer`, or the module of another architecture) and its parameters.
 
@@ -68,8 +69,9 @@ def load(
         device.
       rules: how they lie on the mesh; `sharding.FSDP_TENSOR` by default.
       adapter: "auto" attaches the adapter that ships for a named model, or that is part of a folder
-        of ours; None attaches none; a path attaches the adapter in that folder. An adapter of PEFT
-        (adapter_config.json) is merged into the weights of a published folder instead.
+        of ours; None attaches none; a path attaches the adapter in that folder.
+      merge: an adapter of PEFT (adapter_config.json) is merged into the weights of the published
+        folder that it was made for; False keeps it beside them, as `params["adapter"]`.
 
     Raises:
       FileNotFoundError: no such model, or a file of it is missing.
@@ -80,16 +82,24 @@ def load(
     peft = adapter if adapter and adapter != "auto" and is_peft(adapter) else None
     if peft and found.kind != "published":
         raise ValueError(
-            f"{adapter} is an adapter of PEFT, which is merged into a published folder as it is"
-            f" read; {found.path} is none. Load the folder it was made for, then save the result"
+            f"{adapter} is an adapter of PEFT, which belongs to a published folder;"
+            f" {found.path} is none. Load the folder it was made for, then save the result"
         )
     if found.kind == "gguf":
         config, params = _load_gguf(found, name, place)
     elif found.kind == "published":
         opened = weights.open_folder(found.path)
-        if peft:
-            opened, adapter = with_peft(opened, peft), None
+        if peft and merge:
+            opened = with_peft(opened, peft)
         config, params = _load_weights(opened, name, place)
+        if peft and not merge:
+            own, arrays = read_peft(opened, peft)
+            config = dataclasses.replace(config, adapter=own)
+            homes = place.shardings(config)["adapter"]
+            cast = lambda array, home: _put(array.astype(config.param_dtype), home)  # noqa: E731
+            params = {**params, "adapter": jax.tree.map(cast, arrays, homes)}
+        if peft:
+            adapter = None
     else:
         config, params = _load_folder(found.path, name, place, keep_adapter=adapter == "auto")
     if adapter == "auto":

@@ -14,6 +14,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 # Tests compile many tiny programs and run each a few times.
 jax.config.update("jax_disable_most_optimizations", True)
 
+_MOST_MAPS = 20_000
+
 # The first example compiles, so there is no deadline.
 settings.register_profile(
     "house",
@@ -23,6 +25,16 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("house")
+
+
+def pytest_runtest_teardown() -> None:
+    """Compiled programs are unloaded before the kernel runs out of memory maps for them.
+
+    Each takes several of the 65,530 that Linux gives a process; the next one then kills it.
+    """
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_text().count("\n") > _MOST_MAPS:
+        jax.clear_caches()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

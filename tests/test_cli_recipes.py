@@ -67,6 +67,8 @@ def test_one_recipe(run):  # noqa: F811
     assert "LLaDA2.1" in out
     assert "Replace(threshold=0.25)" in out
     assert "llada2_moe" in out
+    guarded = json.loads(run("recipes", "llada", "--set", "forbid=5,7", "--json")[1])
+    assert guarded["shape"] == {"part": "Forbid", "tokens": [5, 7]}
     data = json.loads(run("recipes", "sdar", "--set", "block_size=8", "--json")[1])
     assert recipes.from_dict(data) == recipes.sdar(block_size=8)
 

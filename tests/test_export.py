@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -16,7 +17,7 @@ from dllm_jax.checkpoint import convert, export, load, save
 from dllm_jax.models import registry
 from dllm_jax.models.export import published_tensors
 from dllm_jax.nn.adapters import AdapterConfig
-from dllm_jax.nn.transformer import Transformer, TransformerConfig
+from dllm_jax.nn.transformer import Transformer, TransformerConfig, forward
 from dllm_jax.nn.tree import param_shapes
 from dllm_jax.ops.moe import MoEConfig
 from dllm_jax.sharding import make_mesh
@@ -150,7 +151,7 @@ def test_the_tokenizer_goes_along(tmp_path: Path):
 def test_what_cannot_be_exported(tmp_path: Path):
     adapted = dataclasses.replace(TINY, mask_id=40, adapter=AdapterConfig(rank=2))
     model, params = Transformer(adapted), random_params(adapted)
-    with pytest.raises(ValueError, match="an adapter that acts on mask tokens alone: no published"):
+    with pytest.raises(ValueError, match="an adapter beside its weights: no published folder"):
         export(tmp_path / "m", model, params)
     for change, message in (
         (dict(qk_norm=True), "the family 'llama' cannot say qk_norm=True: it would be read as Fal"),
@@ -306,6 +307,44 @@ def test_peft_is_merged(tmp_path: Path, config: TransformerConfig, rslora: bool)
         )
 
 
+@pytest.mark.parametrize("config", [LLADA, DREAM], ids=lambda c: c.family)
+def test_peft_beside_the_weights(tmp_path: Path, config: TransformerConfig):
+    """Every projection, and the numbers of the merged model; the base is bit-equal to itself."""
+    base = random_params(config)
+    export(tmp_path / "base", Transformer(config), base)
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    modules = sorted(
+        name.removesuffix(".weight")
+        for name, tensor in tensors.items()
+        if tensor.ndim == 2 and re.search(r"\.(0|2)\.", name)
+    )
+    assert len(modules) == 14
+    adapter = write_peft(tmp_path / "lora", tensors, modules)
+    tokens = jnp.asarray([[5, 7, 39, 2, 39]])
+    merged, params = load(tmp_path / "base", adapter=adapter)
+    wanted = forward(merged, params, tokens).hidden
+    model, params = load(tmp_path / "base", adapter=adapter, merge=False)
+    own = params.pop("adapter")
+    assert_same(params, base)
+    apart = {**params, "adapter": own}
+    np.testing.assert_allclose(forward(model, apart, tokens).hidden, wanted, atol=2e-5)
+    plain = forward(Transformer(config), base, tokens).hidden
+    assert np.abs(plain - wanted).max() > 0.1
+
+    save(tmp_path / "ours", model, apart)
+    again, restored = load(tmp_path / "ours")
+    assert again.config == model.config
+    assert_same(restored, apart)
+
+
+def test_peft_that_cannot_stand_beside(tmp_path: Path):
+    export(tmp_path / "base", Transformer(MOE), random_params(MOE))
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    adapter = write_peft(tmp_path / "lora", tensors, MODULES["llada2_moe"])
+    with pytest.raises(ValueError, match="takes no adapter"):
+        load(tmp_path / "base", adapter=adapter, merge=False)
+
+
 def test_peft_in_bfloat16_is_rounded_once(tmp_path: Path):
     config = in_dtype(DREAM, "bfloat16")
     export(tmp_path / "base", Transformer(config), random_params(config))
@@ -341,9 +380,7 @@ def test_peft_that_does_not_fit(tmp_path: Path):
     ):
         load(tmp_path / "base", adapter=adapter)
     save(tmp_path / "ours", Transformer(DREAM), random_params(DREAM))
-    with pytest.raises(
-        ValueError, match=r"merged into a published folder as it is read; .*ours is no"
-    ):
+    with pytest.raises(ValueError, match=r"which belongs to a published folder; .*ours is no"):
         load(tmp_path / "ours", adapter=adapter)
     save_file(
         {"base_model.model.x.lora_magnitude": np.ones(2)}, adapter / "adapter_model.safetensors"

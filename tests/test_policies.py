@@ -1,11 +1,13 @@
 """Commit policies against plain NumPy definitions, and their laws."""
 
 import itertools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -13,6 +15,7 @@ from dllm_jax.policies import (
     Ancestral,
     CommitView,
     ConfidenceThreshold,
+    Distrust,
     EntropyBound,
     Factor,
     FirstHitting,
@@ -297,3 +300,44 @@ def test_numbers_are_leaves_and_do_not_compile_again():
         for number in numbers[1:]:
             commit(policy(number), view)
         assert len(TRACES) == before
+
+
+def test_distrusted_tokens_are_judged_as_if_impossible():
+    """The softmax without them, as LLaDA takes it; where one is the token, its share is zero."""
+    logits = jax.random.normal(jax.random.key(0), (B, T, V)) * 2
+    plain = view_of(jax.nn.softmax(logits), jnp.ones((B, T), bool))
+    shares = jax.nn.softmax(logits.at[..., jnp.array([0, 2])].set(-jnp.inf))
+    expected = jnp.take_along_axis(shares, plain.tokens[..., None], axis=-1)[..., 0]
+    seen = []
+
+    class Look(NamedTuple):
+        def commit(self, view):
+            seen.append(view)
+            return view.masked
+
+    Distrust((0, 2), Look()).commit(plain)
+    np.testing.assert_allclose(seen[0].confidence, expected, atol=1e-6)
+    np.testing.assert_allclose(seen[0].probs, shares, atol=1e-6)
+    np.testing.assert_array_equal(seen[0].tokens, plain.tokens)
+    assert (np.asarray(expected) == 0).any()
+    assert (np.asarray(expected) > 0).any()
+
+
+def test_an_order_with_noise_is_drawn():
+    """The first of one position a step falls by softmax(score / noise)."""
+    draws, noise = 20_000, 0.2
+    probs = jnp.broadcast_to(
+        jax.nn.softmax(jax.random.normal(jax.random.key(1), (T, V))), (1, T, V)
+    )
+    uniform = jax.random.uniform(jax.random.key(2), (draws, T))
+    view = view_of(jnp.repeat(probs, draws, axis=0), jnp.ones((draws, T), bool), uniform=uniform)
+    policy = TimeGrid(T, 0.0, "confidence", noise)
+    picked = np.asarray(policy.commit(view))
+    assert (picked.sum(axis=1) == 1).all()
+    shares = np.asarray(jax.nn.softmax(probs[0].max(axis=-1) / noise), np.float64)
+    shares /= shares.sum()
+    assert scipy.stats.chisquare(picked.sum(axis=0), draws * shares).pvalue > 1e-3
+    cold = TimeGrid(T, 0.0, "confidence", 0.0).commit(view)
+    np.testing.assert_array_equal(cold, TimeGrid(T, 0.0, "confidence").commit(view))
+    with pytest.raises(ValueError, match=r"noise=0\.2 is random and needs a key"):
+        policy.commit(view._replace(uniform=None))

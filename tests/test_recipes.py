@@ -15,8 +15,10 @@ from dllm_jax.decode.generate import generate, infill, run, stream
 from dllm_jax.decode.prompt import checked, edge, pad
 from dllm_jax.decode.state import result
 from dllm_jax.nn.transformer import forward, logits_of
+from dllm_jax.ops.sampling import Sampling, draw, probabilities
 from dllm_jax.testing import tiny
 from dllm_jax.testing.replay import replay
+from pallas_kernels import BlockMask
 
 LENGTHS = (3, 16, 7, 21, 12)
 BUDGET = 27  # no multiple of any block
@@ -143,6 +145,40 @@ def test_stream_ends_where_generate_does(name, model_of):
             assert ((fewer > 0) | stored | (served == 0)).all()
 
 
+@pytest.mark.parametrize(("confidence", "threshold"), [("sampled", 0.3), ("model", 0.1)])
+def test_the_confidence_of_a_drawn_token(confidence, threshold, model_of):
+    """A block in plain Python: what is drawn, how sure it is, and what passes the threshold."""
+    model, params = model_of("sdar")
+    sampling = Sampling(0.6, 7, 0.9)
+    recipe = dataclasses.replace(
+        recipes.sdar(block_size=8, threshold=threshold, steps_per_block=8),
+        sampling=sampling, confidence=confidence, ending="never",
+    )  # fmt: skip
+    prompt = prompts(model.config.vocab_size)[1][:8]
+    keys = jax.random.split(jax.random.key(5), 1)
+    out = generate(model, params, [prompt], recipe=recipe, max_new_tokens=8, key=keys)
+
+    mask, at, step = model.config.mask_id, jnp.arange(8, 16)[None], 0
+    tokens = prompt + [mask] * 8
+    while mask in tokens:
+        hidden = forward(
+            model, params, jnp.array([tokens]), mask=BlockMask.block_causal(16, 8)
+        ).hidden[:, 8:]
+        logits = logits_of(model, params, hidden)
+        drawn_from = probabilities(logits.at[..., mask].set(-jnp.inf), sampling)
+        drawn = np.asarray(draw(keys, at, 1, drawn_from, jnp.array([step + 1])))[0]
+        probs = drawn_from if confidence == "sampled" else jax.nn.softmax(logits)
+        sure = np.asarray(probs)[0, np.arange(8), drawn]
+        masked = [i for i in range(8) if tokens[8 + i] == mask]
+        chosen = [i for i in masked if sure[i] > threshold] or [max(masked, key=lambda i: sure[i])]
+        for i in chosen:
+            tokens[8 + i] = int(drawn[i])
+        step += 1
+    assert np.asarray(out.tokens[0, :8]).tolist() == tokens[8:]
+    assert int(out.nfe[0]) == step
+    assert 1 < step < 8, "the threshold told nothing apart"
+
+
 INFILL = ("llada", "llada-whole", "fast_dllm_prefix", "fast_dllm_dual", "dream", "dream-dual",
           "sdar", "fast_dllm_v2", "d2f", "llada2_edit")  # fmt: skip
 
@@ -232,6 +268,34 @@ def test_canvases_of_uniform_noise_begin_afresh(model_of):
         if int(after.start[0]) != int(before.start[0]):
             assert (after.previous == -1).all()
             assert (after.carry == 0).all()
+
+
+def test_ends_are_forbidden_or_written_last(model_of):
+    """LLaDA's two ways against answers that end before they begin, for half of the vocabulary."""
+    model, params = model_of("llada")
+    row = [*prompts(model.config.vocab_size)[1], *[None] * 16]
+    some = tuple(range(128))
+
+    def ask(**options):
+        recipe = recipes.llada(block_size=0, **options)
+        return np.asarray(infill(model, params, [row], recipe=recipe).tokens[0, 16:32])
+
+    assert (ask() < 128).any()
+    assert (ask(forbid=some) >= 128).all()
+
+    mask = model.config.mask_id
+    tokens = [mask if token is None else token for token in row]
+    while mask in tokens:
+        hidden = forward(model, params, jnp.array([tokens])).hidden
+        logits = logits_of(model, params, hidden)[0]
+        best = np.asarray(logits.argmax(axis=-1))
+        trusted = np.asarray(jax.nn.softmax(logits.at[:, :128].set(-jnp.inf)))
+        left = [i for i, token in enumerate(tokens) if token == mask]
+        most = max(left, key=lambda i: trusted[i, best[i]])
+        tokens[most] = int(best[most])
+    written = ask(distrust=some)
+    assert written.tolist() == tokens[16:]
+    assert (written < 128).any()
 
 
 def test_infilling_can_be_watched(model_of):

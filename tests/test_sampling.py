@@ -57,6 +57,17 @@ def test_probabilities_are_their_definition(scores, temperature, top_k, top_p):
     np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize(("top_p", "kept"), [(0.3, 1), (0.6, 1), (0.85, 2), (0.96, 3), (1.0, 4)])
+def test_a_nucleus_may_leave_out_the_token_that_crosses(top_p, kept):
+    """BD3-LM's: shares of 0.5, 0.3, 0.15, 0.05 add up to 0.5, 0.8, 0.95, 1."""
+    shares = np.array([0.3, 0.5, 0.05, 0.15])
+    got = probabilities(jnp.log(shares), Sampling(1.0, 0, top_p, top_p_below=True))
+    order = np.argsort(-shares)[:kept]
+    expected = np.zeros(4)
+    expected[order] = shares[order] / shares[order].sum()
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
 def test_temperature_0_takes_the_first_of_the_largest_and_forgets_the_filters():
     logits = jnp.array([[1.0, 5, 5, 0, 0, 0, 0, 0]] * 2)
     for sampling in (Sampling(), Sampling(0, 3, 0.1), Sampling(0.0, 0, 0.9)):

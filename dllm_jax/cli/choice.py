@@ -111,7 +111,10 @@ def named(name: str, sets: Sequence[str], defaults: Mapping[str, Any] | None = N
 
 
 def _value(text: str, default: Any, value: str) -> Any:
-    """A value of the type of the option's default; a default of None is no number, or any."""
+    """A value of the type of the option's default; a default of None is no number, or any.
+
+    Several numbers are parted by commas.
+    """
     if isinstance(default, str):
         return value
     if isinstance(default, bool):
@@ -120,6 +123,8 @@ def _value(text: str, default: Any, value: str) -> Any:
         return value == "true"
     if default is None and value == "none":
         return None
+    if isinstance(default, tuple):
+        return tuple(_value(text, 0, one) for one in value.split(",") if one)
     for kind in (int,) if isinstance(default, int) else (int, float):
         try:
             return kind(value)
@@ -170,6 +175,8 @@ def _is_random(part: Any) -> bool:
     """Whether a part of a recipe draws, however cold its sampling is."""
     random = policies.Ancestral, policies.FirstHitting, policies.ReMDM, policies.ReNoise
     if isinstance(part, random) or getattr(part, "rank", None) == "random":
+        return True
+    if isinstance(part, policies.TimeGrid) and part.noise > 0:
         return True
     return dataclasses.is_dataclass(part) and any(
         _is_random(getattr(part, field.name)) for field in dataclasses.fields(part)

@@ -26,7 +26,7 @@ from dllm_jax.decode.state import (
     write,
 )
 from dllm_jax.nn.transformer import logits_of
-from dllm_jax.ops.sampling import best_token, draw, probabilities, uniform
+from dllm_jax.ops.sampling import best_token, draw, probabilities, shaped, uniform, warmth
 from dllm_jax.policies import CommitView, FinishView, Pipeline, ReNoise, ReviseView, Sliding
 from dllm_jax.policies.commit import entropy
 from dllm_jax.recipes import Denoise
@@ -99,7 +99,7 @@ def _own_pass(model, params, recipe: Denoise, keys, state: DecodeState, rows, wi
 class _Choice(NamedTuple):
     """What the model says at positions of the canvas."""
 
-    logits: jax.Array  # float32[B, C, V]
+    scores: jax.Array  # float32[B, C, V], whose softmax policies see
     greedy: jax.Array  # int32[B, C]: the most probable token that may be written
     tokens: jax.Array  # int32[B, C]: the drawn one, or the same
     confidence: jax.Array  # float32[B, C]: its probability
@@ -108,7 +108,7 @@ class _Choice(NamedTuple):
 
     @property
     def probs(self) -> jax.Array:
-        return jax.nn.softmax(self.logits, axis=-1)
+        return jax.nn.softmax(self.scores, axis=-1)
 
 
 def _choose(model, params, recipe: Denoise, keys, state: DecodeState, hidden, at) -> _Choice:
@@ -127,15 +127,24 @@ def _choose(model, params, recipe: Denoise, keys, state: DecodeState, hidden, at
     if state.forced.shape[1]:
         index = jnp.minimum(at, state.forced.shape[1] - 1)
         written = jnp.take_along_axis(state.forced, index, axis=1)
-    total = jax.nn.logsumexp(allowed, axis=-1)
     # Uniform noise: what a canvas ends as is its most probable tokens.
     scored = greedy if isinstance(recipe.revise, ReNoise) else written
-    logprobs = jnp.take_along_axis(allowed, scored[..., None], axis=-1)[..., 0] - total
-    # Published codes count the mask token in the confidence, though it is not to be written.
-    if allowed is not logits and 0 <= state.mask_id < logits.shape[-1]:
-        total = jnp.logaddexp(total, logits[..., state.mask_id])
-    score = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    return _Choice(logits, greedy, tokens, jnp.exp(score - total), written, logprobs)
+    own = lambda x, ids: jnp.take_along_axis(x, ids[..., None], axis=-1)[..., 0]  # noqa: E731
+    total = jax.nn.logsumexp(allowed, axis=-1)
+    logprobs = own(allowed, scored) - total
+    scores, sampled = logits, recipe.confidence == "sampled"
+    if sampled:
+        scores = shaped(allowed, recipe.sampling)
+        total = jax.nn.logsumexp(scores, axis=-1)
+    if allowed is not logits:
+        # Published codes count the mask token in the confidence, though it is not to be written.
+        mask = logits[..., state.mask_id]
+        if sampled:
+            mask = mask / warmth(recipe.sampling)
+            scores = scores.at[..., state.mask_id].set(mask)
+        total = jnp.logaddexp(total, mask)
+    confidence = jnp.exp(own(scores, tokens) - total)
+    return _Choice(scores, greedy, tokens, confidence, written, logprobs)
 
 
 def _settle(model, params, recipe: Denoise, keys, out: Pass, rows, opening=None) -> DecodeState:

@@ -33,8 +33,8 @@ def published_config(config: Any) -> dict[str, Any]:
     """
     if getattr(config, "adapter", None) is not None:
         raise ValueError(
-            "the model has an adapter that acts on mask tokens alone: no published format holds"
-            " it, and it cannot be merged; use save, or load the model with adapter=None"
+            "the model has an adapter beside its weights: no published folder holds one; use save,"
+            " load the model with adapter=None, or (an adapter of PEFT) load it merged"
         )
     family = registry.family_of(config)
     fields = family.config_to_published(config)

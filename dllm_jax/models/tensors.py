@@ -84,6 +84,20 @@ class TensorMap:
         source, target = self._layouts()[part]
         return _turn(tensor, source, target, sizes)
 
+    def halves(
+        self, config: Config, a: Shaped[np.ndarray, "r I"], b: Shaped[np.ndarray, "O r"]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The two factors of a published matrix b @ a [O, I] as those of ours: [I, r], [r, ...]."""
+        sizes, (source, target) = config.sizes(), self._layouts()[0]
+        outer, inner = re.findall(r"\([^)]*\)|\S+", source)
+        want = [letter for letter in _letters(target) if letter not in _letters(inner)]
+        return (
+            np.ascontiguousarray(a.T),
+            np.moveaxis(
+                _turn(b, f"{outer} r", " ".join([*want, "r"]), {**sizes, "r": b.shape[1]}), -1, 0
+            ),
+        )
+
     def published(
         self, config: Config, *arrays: Shaped[np.ndarray, "..."]
     ) -> Shaped[np.ndarray, "..."]:

@@ -1,9 +1,9 @@
-"""Low-rank adapters that act on mask tokens only (LoRA, Hu et al. 2021; gated as in I-DLM's R-ISD).
+"""Low-rank adapters (LoRA, Hu et al. 2021), on mask tokens only (gated as in I-DLM's R-ISD) or all.
 
 A projection x @ W becomes x @ W + gate * (x @ A) @ B / sqrt(rank) * alpha, where the gate is one
 at a mask token and zero elsewhere: tokens that are not masks are processed by the base weights
 alone, bit for bit. The mask token has an embedding of its own, so its id may lie outside the base
-model's vocabulary.
+model's vocabulary. Without a gate every token passes the adapter, and the vocabulary is the base's.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ class AdapterConfig:
     # Layers before this one have none (zeros), and are not differentiated: the mask embedding,
     # which enters below them, then stays as it is.
     first_layer: int = 0
+    gated: bool = True  # acts on mask tokens only, and has their embedding
 
     def __post_init__(self):
         if self.rank < 1 or self.first_layer < 0:
@@ -36,19 +37,21 @@ class AdapterConfig:
 def low_rank(
     x: jax.Array,  # [B, Q, I]
     pair: Params | None,  # {"in": [I, R], "out": [R, ...]}
-    gate: jax.Array | None,  # bool[B, Q]
+    gate: jax.Array | None,  # bool[B, Q]; None: open
     scale: float,
 ) -> jax.Array | float:
     """The adapter's share of a projection, zero where the gate is shut; 0.0 without an adapter."""
-    if pair is None or gate is None:
+    if pair is None:
         return 0.0
     inner = jnp.einsum("bqi,ir->bqr", x, pair["in"].astype(x.dtype))
     delta = jnp.einsum("bqr,r...->bq...", inner, pair["out"].astype(x.dtype)) * scale
+    if gate is None:
+        return delta
     return jnp.where(gate.reshape(gate.shape + (1,) * (delta.ndim - 2)), delta, 0)
 
 
 def init_adapter(key: Key, shapes: Params, config: AdapterConfig, params: Params) -> Params:
-    """A fresh adapter: `out` is zero, the mask embedding is the mean of the vocabulary's.
+    """A fresh adapter: `out` is zero, the mask embedding (if any) is the mean of the vocabulary's.
 
     Args:
       shapes: `param_shapes(config)["adapter"]`.

@@ -112,9 +112,8 @@ class TransformerConfig:
     @property
     def has_mask(self) -> bool:
         """Whether the mask token has an embedding: the adapter's, or one of the vocabulary's."""
-        return self.mask_id is not None and (
-            self.adapter is not None or self.mask_id < self.vocab_size
-        )
+        own = self.adapter is not None and self.adapter.gated
+        return self.mask_id is not None and (own or self.mask_id < self.vocab_size)
 
     def mask(self, length: int) -> BlockMask:
         """The mask spec of `length` clean tokens of this architecture."""
@@ -178,7 +177,7 @@ class Transformer(nn.Module):
           cache: the prefix, read only. `cache_end` defaults to its lengths.
           hole: slots [first, second) of the cache that are not read: the entries stand in for them.
           lengths: valid clean entries of a row; later ones are padding that no one sees.
-          canvas: False says that no entry is a mask token, and skips the adapter.
+          canvas: False says that no entry is a mask token, and skips an adapter that acts on them.
           frozen_layers: layers below are not differentiated (their backward pass is not run).
         """
         config, tree = self.config, flax.core.unfreeze(self.tree)
@@ -194,11 +193,14 @@ class Transformer(nn.Module):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
             if cache is not None:
                 positions = positions + cache.lengths[:, None]
-        gate = None
-        if canvas and config.mask_id is not None:
-            gate = tokens == config.mask_id
+        gate, adapter = None, config.adapter
+        if adapter and adapter.gated:
+            if not canvas or config.mask_id is None:
+                adapter = None
+            else:
+                gate = jnp.equal(tokens, config.mask_id)
         angles = rope_angles(positions, config.rotary_dim or config.head_dim, config.rope_theta)
-        context = _Context(config, mask, angles, gate, cache, cache_end, hole, lengths)
+        context = _Context(config, mask, angles, adapter, gate, cache, cache_end, hole, lengths)
         hidden = embed(tree, config, tokens, gate)
         hidden, kv = _run(context, tree, hidden, frozen_layers)
         return Output(rms_norm(hidden, tree["final_norm"], config.norm_eps), kv)
@@ -225,9 +227,9 @@ def embed(
     tokens: Int[Array, "B Q"],
     gate: Bool[Array, "B Q"] | None,
 ) -> Float[Array, "B Q D"]:
-    """Token embeddings; a mask token's is the adapter's, where there is an adapter."""
+    """Token embeddings; a mask token's, where the gate is open, is the adapter's."""
     hidden = jnp.take(tree["embed"], tokens, axis=0, mode="clip").astype(config.dtype)
-    if gate is not None and config.adapter:
+    if gate is not None:
         own = tree["adapter"]["mask_embedding"].astype(config.dtype)
         hidden = jnp.where(gate[..., None], own, hidden)
     return hidden
@@ -239,7 +241,8 @@ class _Context(NamedTuple):
     config: TransformerConfig
     mask: BlockMask
     angles: tuple[jax.Array, jax.Array]
-    gate: jax.Array | None
+    adapter: AdapterConfig | None  # that this pass runs through
+    gate: jax.Array | None  # bool[B, Q]: the entries that it acts on; None: all
     cache: KVCache | None
     cache_end: jax.Array | None
     hole: tuple[jax.Array, jax.Array] | None
@@ -255,7 +258,7 @@ def _run(context: _Context, tree: Params, hidden: jax.Array, frozen: int):
     for first, last in itertools.pairwise(stops):
         stack, start = ("dense_layers", 0) if last <= dense else ("layers", dense)
         layers = {"base": tree[stack]}
-        if context.gate is not None and config.adapter:
+        if context.adapter:
             layers["adapter"] = {k: v for k, v in tree["adapter"].items() if k != "mask_embedding"}
         run = _one_by_one if is_apart(tree[stack]) else _scan
         hidden, own = run(context, layers, hidden, first, last, start)
@@ -290,7 +293,7 @@ def _one_by_one(context: _Context, layers: Params, hidden: jax.Array, first, las
     """As `_scan`, where the stack is a tuple of layers (`tree.apart`)."""
     kv = []
     for number in range(first, last):
-        layer = layers["base"][number - start]
+        layer = flax.core.unfreeze(layers["base"][number - start])  # Linen freezes in tuples too
         adapter = jax.tree.map(lambda x, i=number: x[i], layers.get("adapter", {}))
         hidden, own = _layer(context, jnp.int32(number), layer, adapter, None, hidden)
         kv.append(own)
@@ -306,7 +309,7 @@ def _layer(
     hidden: jax.Array,
 ):
     config, gate = context.config, context.gate
-    scale = config.adapter.scale if config.adapter else 0.0
+    scale = context.adapter.scale if context.adapter else 0.0
 
     def project(x, weight, name, contract):
         y = jnp.einsum(contract, x, weight.astype(x.dtype))

@@ -39,6 +39,8 @@ def transformer_tree(c: Any) -> Params:
         tree["head"] = entry("embed", "vocab")
     if c.adapter:
         tree["adapter"] = _adapter_tree(c.num_layers, c.adapter.rank, entry)
+        if c.adapter.gated:
+            tree["adapter"]["mask_embedding"] = entry("embed")
     return tree
 
 
@@ -108,7 +110,6 @@ def _adapter_tree(layers: int, rank: int, entry) -> Params:
         }
 
     return {
-        "mask_embedding": entry("embed"),
         "q": pair(("embed",), ("heads", "head_dim")),
         "k": pair(("embed",), ("kv_heads", "head_dim")),
         "v": pair(("embed",), ("kv_heads", "head_dim")),

@@ -17,6 +17,8 @@ class Sampling:
     temperature: Number = 0.0  # 0: the most probable token
     top_k: Number = 0  # keep the k most probable tokens; 0: all
     top_p: Number = 1.0  # then the smallest set with this much probability; 1: all
+    # The token that crosses top_p is left out, unless it is the only one (BD3-LM's nucleus)
+    top_p_below: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def check(self) -> None:
         """Raises ValueError on a value outside its range (outside jit, where values are known)."""
@@ -44,11 +46,22 @@ def probabilities(logits: Float[Array, "*B V"], sampling: Sampling) -> Float[Arr
     Temperature 0 gives all mass to the first of the largest scores.
     """
     greedy = jax.nn.one_hot(logits.argmax(axis=-1), logits.shape[-1], dtype=jnp.float32)
-    cold = jnp.asarray(sampling.temperature) <= 0
-    scaled = logits / jnp.where(cold, 1.0, sampling.temperature)
+    drawn = jax.nn.softmax(shaped(logits, sampling), axis=-1)
+    return jnp.where(jnp.asarray(sampling.temperature) <= 0, greedy, drawn)
+
+
+def shaped(logits: Float[Array, "*B V"], sampling: Sampling) -> Float[Array, "*B V"]:
+    """The scores whose softmax is `probabilities`; at temperature 0 they are left as they are."""
     filtered = (jnp.asarray(sampling.top_k) > 0) | (jnp.asarray(sampling.top_p) < 1)
-    scaled = jax.lax.cond(filtered & ~cold, lambda x: _filter(x, sampling), lambda x: x, scaled)
-    return jnp.where(cold, greedy, jax.nn.softmax(scaled, axis=-1))
+    filtered &= jnp.asarray(sampling.temperature) > 0
+    scaled = logits / warmth(sampling)
+    return jax.lax.cond(filtered, lambda x: _filter(x, sampling), lambda x: x, scaled)
+
+
+def warmth(sampling: Sampling) -> jax.Array:
+    """What scores are divided by: the temperature, or 1 where it is 0."""
+    temperature = jnp.asarray(sampling.temperature, jnp.float32)
+    return jnp.where(temperature <= 0, 1.0, temperature)
 
 
 def _filter(logits, sampling: Sampling):
@@ -60,8 +73,11 @@ def _filter(logits, sampling: Sampling):
         ranked, jnp.broadcast_to(jnp.minimum(k, vocab) - 1, (*ranked.shape[:-1], 1)), axis=-1
     )
     share = jax.nn.softmax(jnp.where(ranked >= kth, ranked, -jnp.inf), axis=-1)
-    before = jnp.cumsum(share, axis=-1) - share  # probability of the tokens ranked higher
-    kept = (before < sampling.top_p) & (ranked >= kth)
+    total = jnp.cumsum(share, axis=-1)
+    inside = total - share < sampling.top_p  # probability of the tokens ranked higher
+    if sampling.top_p_below:
+        inside = (total <= sampling.top_p) | (jnp.arange(vocab) == 0)
+    kept = inside & (ranked >= kth)
     floor = jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= floor, logits, -jnp.inf)
 

@@ -4,6 +4,7 @@ from dllm_jax.policies.commit import (
     Ancestral,
     CommitView,
     ConfidenceThreshold,
+    Distrust,
     EntropyBound,
     Factor,
     FirstHitting,
@@ -12,7 +13,7 @@ from dllm_jax.policies.commit import (
 )
 from dllm_jax.policies.finish import AfterSteps, FinishView, NoEdits, StableAndConfident
 from dllm_jax.policies.revise import ReMDM, ReNoise, Replace, ReviseView, Revision
-from dllm_jax.policies.shaping import AnnealedTemperature, Guidance, SelfConditioning
+from dllm_jax.policies.shaping import AnnealedTemperature, Forbid, Guidance, SelfConditioning
 from dllm_jax.policies.width import Blocks, Pipeline, Sliding
 
 __all__ = [
@@ -22,10 +23,12 @@ __all__ = [
     "Blocks",
     "CommitView",
     "ConfidenceThreshold",
+    "Distrust",
     "EntropyBound",
     "Factor",
     "FinishView",
     "FirstHitting",
+    "Forbid",
     "Guidance",
     "NoEdits",
     "Pipeline",

@@ -20,7 +20,7 @@ T = TypeVar("T")
 class CommitView(NamedTuple):
     """What a policy sees of a block of T positions."""
 
-    probs: jax.Array  # float32[B, T, V]: the model's own, before any temperature
+    probs: jax.Array  # float32[B, T, V]: the model's own, or what tokens are drawn from (recipe)
     tokens: jax.Array  # int32[B, T]: the token that would be written
     confidence: jax.Array  # float32[B, T]: its probability among `probs`
     masked: jax.Array  # bool[B, T]: positions that may be written
@@ -139,6 +139,30 @@ class ConfidenceThreshold:
 
 
 @part
+class Distrust:
+    """Tokens that may be written, but whose probability counts as zero when `policy` compares.
+
+    With the end-of-turn ids, LLaDA's `confidence_eos_eot_inf`: ends are written last, so that an
+    answer does not end before it has begun.
+    """
+
+    tokens: tuple[int, ...] = static(default=())
+    policy: Any = Quota()
+
+    def commit(self, view: CommitView) -> jax.Array:
+        ids = jnp.asarray(self.tokens, jnp.int32)
+        probs = view.probs.at[..., ids].set(0.0)
+        share = probs.sum(axis=-1)
+        trusted = (view.tokens[..., None] != ids).all(axis=-1)
+        return self.policy.commit(
+            view._replace(
+                probs=probs / share[..., None],
+                confidence=jnp.where(trusted, view.confidence / share, 0.0),
+            )
+        )
+
+
+@part
 class Factor:
     """As many as a bound that tightens with their number allows (Fast-dLLM, theorem 1).
 
@@ -182,12 +206,14 @@ class TimeGrid:
     """Dream's schedule: of m masked positions, int(m * (1 - s / t)) as time falls from t to s.
 
     Time runs from 1 to `eps` in `steps` equal steps; the last one writes all. The order is by
-    confidence (maskgit_plus), margin (topk_margin) or entropy. A step may write nothing.
+    confidence (maskgit_plus), margin (topk_margin) or entropy; with `noise` (`alg_temp`), drawn
+    without replacement with probabilities softmax(score / noise). A step may write nothing.
     """
 
     steps: Number = 32
     eps: Number = 1e-3
     rank: str = static(default="entropy")
+    noise: Number = 0.0
 
     def __post_init__(self):
         at_least_one(self.steps)
@@ -197,7 +223,17 @@ class TimeGrid:
         left = view.masked.sum(axis=-1)
         count = (left.astype(jnp.float32) * (1 - s / t)).astype(jnp.int32)
         last = view.step >= jnp.asarray(self.steps) - 1
-        return best(view.rank(self.rank), jnp.where(last, left, count))
+        return best(self._order(view), jnp.where(last, left, count))
+
+    def _order(self, view: CommitView) -> jax.Array:
+        score = view.rank(self.rank)
+        if view.uniform is None:
+            if isinstance(self.noise, int | float) and self.noise > 0:
+                raise ValueError(f"noise={self.noise} is random and needs a key")
+            return score
+        noise = jnp.asarray(self.noise, jnp.float32)
+        gumbel = -jnp.log(-jnp.log(jnp.maximum(view.uniform, jnp.finfo(jnp.float32).tiny)))
+        return jnp.where(noise > 0, score / jnp.where(noise > 0, noise, 1.0) + gumbel, score)
 
 
 def grid(step: jax.Array, steps: Number, eps: Number) -> jax.Array:

@@ -7,7 +7,7 @@ temperature of `Sampling`, which only changes what is drawn.
 import jax
 import jax.numpy as jnp
 
-from dllm_jax.policies.commit import part
+from dllm_jax.policies.commit import part, static
 from dllm_jax.typing import Number
 
 
@@ -29,6 +29,16 @@ class AnnealedTemperature:
 
     def shape(self, logits: jax.Array, step: jax.Array) -> jax.Array:
         return logits / self.temperature(step)[:, None, None]
+
+
+@part
+class Forbid:
+    """Tokens that are never written (LLaDA's `logits_eos_inf`: an answer that must not end)."""
+
+    tokens: tuple[int, ...] = static(default=())
+
+    def shape(self, logits: jax.Array, step: jax.Array) -> jax.Array:
+        return logits.at[..., jnp.asarray(self.tokens, jnp.int32)].set(-jnp.inf)
 
 
 @part

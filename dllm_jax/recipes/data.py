@@ -45,6 +45,8 @@ _PARTS: dict[str, type] = {
 def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+        return [_plain(one) for one in value]
     name = type(value).__name__
     if _PARTS.get(name) is type(value):
         fields = dataclasses.fields(_PARTS[name])
@@ -56,6 +58,8 @@ def _plain(value: Any) -> Any:
 
 
 def _part(data: Any) -> Any:
+    if isinstance(data, list):
+        return tuple(_part(one) for one in data)
     if not isinstance(data, Mapping):
         return data
     fields = dict(data)

@@ -57,6 +57,9 @@ class Denoise:
     guidance: Guidance | None = None
     shape: Any = None  # `shape(logits, step) -> logits`
     sampling: Sampling = Sampling()
+    # Whose probabilities policies see: "model", its own | "sampled", those that tokens are drawn
+    # from, after temperature, top-k and top-p
+    confidence: str = _static("model")
     # Blocks end at multiples of their size from position 0, so the prompt's tail is part of the
     # first; else they begin right behind the prompt.
     aligned: bool = _static(False)
@@ -79,6 +82,7 @@ class Denoise:
 
 _CHOICES = {
     "cache": ("none", "prefix", "dual", "exact", "exact_sub_block"),
+    "confidence": ("model", "sampled"),
     "first": (None, "opening", "commit"),
     "ending": ("answer", "block", "never"),
 }

@@ -1,5 +1,6 @@
 """The named systems: each a function that returns its recipe."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,9 +14,11 @@ from dllm_jax.policies import (
     AnnealedTemperature,
     Blocks,
     ConfidenceThreshold,
+    Distrust,
     EntropyBound,
     Factor,
     FirstHitting,
+    Forbid,
     Guidance,
     NoEdits,
     Pipeline,
@@ -74,6 +77,8 @@ def llada(
     block_size: int = 32,
     steps_per_block=None,
     remasking: str = "confidence",
+    forbid: tuple[int, ...] = (),
+    distrust: tuple[int, ...] = (),
     guidance=0.0,
     temperature=0.0,
     top_k=0,
@@ -85,12 +90,16 @@ def llada(
       block_size: 0 decodes the whole canvas at once.
       steps_per_block: by default one token a step.
       remasking: "confidence" (low-confidence remasking) or "random".
+      forbid: ids that are never written; with the end of text, `logits_eos_inf`.
+      distrust: ids that are written last; with those of both ends, `confidence_eos_eot_inf`.
       guidance: scale of classifier-free guidance; 0 is off.
     """
     steps = (block_size or 1 << 20) if steps_per_block is None else steps_per_block
+    commit: Any = Quota(steps, remasking)
     return Denoise(
         width=Blocks(block_size),
-        commit=Quota(steps, remasking),
+        commit=Distrust(tuple(distrust), commit) if distrust else commit,
+        shape=Forbid(tuple(forbid)) if forbid else None,
         guidance=_guidance(guidance),
         sampling=_sampling(temperature, top_k, top_p),
     )
@@ -147,17 +156,19 @@ _DREAM = {
 
 
 def dream(
-    *, steps=128, alg: str = "entropy", eps=1e-3, temperature=0.0, top_k=0, top_p=1.0
+    *, steps=128, alg: str = "entropy", alg_temp=0.0, eps=1e-3, temperature=0.0, top_k=0, top_p=1.0
 ) -> Denoise:
     """Dream's diffusion_generate: the whole canvas, on a time grid of `steps` steps (2508.15487).
 
     Args:
       alg: "entropy", "topk_margin", "maskgit_plus", or "origin" (random; needs a key).
+      alg_temp: over 0, the order of positions is drawn (needs a key).
     """
     return Denoise(
         width=Blocks(0),
-        commit=_dream_commit(alg, steps, eps),
+        commit=_dream_commit(alg, steps, eps, alg_temp),
         progress=False,
+        confidence="sampled",
         sampling=_sampling(temperature, top_k, top_p),
     )
 
@@ -188,6 +199,7 @@ def dream_cached(
         commit=commit,
         first="opening",
         progress=alg == "confidence_threshold",
+        confidence="sampled",
         sampling=_sampling(temperature, top_k, top_p),
     )
 
@@ -219,6 +231,7 @@ def bd3lm(
 
     Args:
       sampler: "first_hitting", one random position a pass, or "ancestral", `steps` passes a block.
+      top_p: of its nucleus, which leaves out the token that crosses it.
     """
     samplers = {"first_hitting": FirstHitting(), "ancestral": Ancestral(steps)}
     return Denoise(
@@ -227,7 +240,7 @@ def bd3lm(
         aligned=True,
         commit=_chosen("sampler", sampler, samplers),
         progress=False,
-        sampling=_sampling(temperature, top_k, top_p),
+        sampling=dataclasses.replace(_sampling(temperature, top_k, top_p), top_p_below=True),
     )
 
 
@@ -261,6 +274,7 @@ def sdar(
         cache="exact",
         aligned=True,
         commit=_chosen("order", order, orders),
+        confidence="sampled",
         sampling=_sampling(temperature, top_k, top_p),
     )
 
@@ -273,7 +287,7 @@ def fast_dllm_v2(
     block_cache: bool = False,
     temperature=0.0,
     top_k=0,
-    top_p=1.0,
+    top_p=0.95,
 ) -> Denoise:
     """Fast-dLLM v2 (2509.26328): sub-blocks of a block from left to right, shifted outputs.
 
@@ -286,6 +300,7 @@ def fast_dllm_v2(
         aligned=True,
         first="commit",
         commit=ConfidenceThreshold(_real(threshold)),
+        confidence="sampled",
         sampling=_sampling(temperature, top_k, top_p),
     )
 
@@ -306,6 +321,7 @@ def d2f(
         width=Pipeline(block_size, blocks, _real(add), _real(complete)),
         cache="exact",
         commit=ConfidenceThreshold(_real(threshold)),
+        confidence="sampled",
         sampling=_sampling(temperature, top_k, top_p),
     )
 
@@ -321,6 +337,7 @@ def llada2(
         cache="exact",
         aligned=True,
         commit=ConfidenceThreshold(_real(threshold), Quota(steps, per="block")),
+        confidence="sampled",
         sampling=_sampling(temperature, top_k, top_p),
     )
 
@@ -337,6 +354,7 @@ def llada2_edit(
         commit=ConfidenceThreshold(_real(threshold)),
         revise=Replace(_real(edit_threshold)),
         finish=NoEdits(max_edit_steps),
+        confidence="sampled",
         sampling=_sampling(temperature, top_k, top_p),
     )
 
@@ -370,10 +388,10 @@ def _chosen(option: str, choice: str, known: Mapping[str, Any]) -> Any:
     return known[choice]
 
 
-def _dream_commit(alg: str, steps, eps) -> Any:
+def _dream_commit(alg: str, steps, eps, alg_temp=0.0) -> Any:
     if alg == "origin":
         return Ancestral(steps, _real(eps))
-    return TimeGrid(steps, _real(eps), _chosen("alg", alg, _DREAM))
+    return TimeGrid(steps, _real(eps), _chosen("alg", alg, _DREAM), _real(alg_temp))
 
 
 def _guidance(scale) -> Guidance | None:
