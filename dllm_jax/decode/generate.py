@@ -18,7 +18,6 @@ from dllm_jax.decode import denoise, verify
 from dllm_jax.decode.prompt import BUCKET, Prompt, checked, edge, has_free, pad
 from dllm_jax.decode.start import initial
 from dllm_jax.decode.state import DecodeState, Result, result
-from dllm_jax.nn.tree import apart
 from dllm_jax.recipes import Recipe, Verified
 from dllm_jax.typing import Key, Params
 
@@ -136,7 +135,6 @@ def _stream(model, params, job) -> Iterator[DecodeState]:
 
 @partial(jax.jit, static_argnames=("model", "size"))
 def _generate(model, params, prompt, recipe, budget, keys, forced=None, *, size) -> DecodeState:
-    params = apart(params)
     state = _start(model, params, prompt, recipe, budget, keys, forced, size=size)
     going = lambda s: ~s.finished.all()  # noqa: E731
     if isinstance(recipe, Verified):

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dllm_jax.cache import KVCache, allocate
 from dllm_jax.nn.adapters import AdapterConfig, low_rank
 from dllm_jax.nn.transformer_tree import transformer_tree
-from dllm_jax.nn.tree import init, is_apart, param_shapes
+from dllm_jax.nn.tree import init, param_shapes
 from dllm_jax.ops.moe import MoEConfig, Stack, experts, route
 from dllm_jax.ops.norm import rms_norm
 from dllm_jax.ops.rope import rope_angles, rotate
@@ -149,11 +149,7 @@ class Transformer(nn.Module):
 
     def setup(self):
         shapes = param_shapes(self.config)
-        given = self.variables.get("params", {})
-        self.tree = {
-            name: given[name] if is_apart(given.get(name)) else self.param(name, init, sub)
-            for name, sub in shapes.items()
-        }
+        self.tree = {name: self.param(name, init, sub) for name, sub in shapes.items()}
 
     def __call__(
         self,
@@ -260,8 +256,7 @@ def _run(context: _Context, tree: Params, hidden: jax.Array, frozen: int):
         layers = {"base": tree[stack]}
         if context.adapter:
             layers["adapter"] = {k: v for k, v in tree["adapter"].items() if k != "mask_embedding"}
-        run = _one_by_one if is_apart(tree[stack]) else _scan
-        hidden, own = run(context, layers, hidden, first, last, start)
+        hidden, own = _scan(context, layers, hidden, first, last, start)
         if last <= frozen:
             hidden, own = jax.lax.stop_gradient((hidden, own))
         kv.append(own)
@@ -287,17 +282,6 @@ def _scan(context: _Context, layers: Params, hidden: jax.Array, first: int, last
     if context.config.remat:
         body = jax.checkpoint(body, prevent_cse=False)
     return jax.lax.scan(body, hidden, (jnp.arange(first, last), layers))
-
-
-def _one_by_one(context: _Context, layers: Params, hidden: jax.Array, first, last, start: int):
-    """As `_scan`, where the stack is a tuple of layers (`tree.apart`)."""
-    kv = []
-    for number in range(first, last):
-        layer = flax.core.unfreeze(layers["base"][number - start])  # Linen freezes in tuples too
-        adapter = jax.tree.map(lambda x, i=number: x[i], layers.get("adapter", {}))
-        hidden, own = _layer(context, jnp.int32(number), layer, adapter, None, hidden)
-        kv.append(own)
-    return hidden, jnp.stack(kv)
 
 
 def _layer(

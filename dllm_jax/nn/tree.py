@@ -4,7 +4,7 @@ A config has `tree()`, a nested dict of `Entry`s, `build()`, its module, and `si
 in which name maps spell its published tensors.
 """
 
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -49,36 +49,6 @@ def param_axes(config: Config) -> Params:
     return jax.tree.map(
         lambda entry: entry.axes, config.tree(), is_leaf=lambda x: isinstance(x, Entry)
     )
-
-
-def apart(params: Params) -> Params:
-    """The same parameters, with stacks of dense layers as tuples of layers where that is faster.
-
-    On CPUs a product takes no slice of an array: a loop that goes through a stack again and again
-    copies each layer each time, which is more traffic than the products themselves have. Taken
-    apart outside of the loop, a layer is copied once. Small ones are not worth their compilation.
-    """
-    if jax.default_backend() != "cpu":
-        return params
-    return {name: _split(name, sub) for name, sub in params.items()}
-
-
-def is_apart(stack: Any) -> bool:
-    """Whether a stack of layers is a tuple of them."""
-    return isinstance(stack, tuple)
-
-
-def _split(name: str, stack: Any):
-    if name not in ("layers", "dense_layers") or is_apart(stack):
-        return stack
-    # Of the modules, `Transformer` alone takes its layers so; experts are read where they lie.
-    if set(stack) != {"attention", "mlp"} or "router" in stack["mlp"]:
-        return stack
-    leaves = jax.tree.leaves(stack)
-    count = leaves[0].shape[0]
-    if sum(x.size * x.dtype.itemsize for x in leaves) < count << 20:
-        return stack
-    return tuple(jax.tree.map(lambda x, i=i: x[i], stack) for i in range(count))
 
 
 def init(key: jax.Array, shapes: Params | jax.ShapeDtypeStruct):

@@ -148,7 +148,6 @@ class Ours:
 
         from dllm_jax.decode import denoise, passes
         from dllm_jax.decode.prompt import checked, edge
-        from dllm_jax.nn.tree import apart
 
         config, model = self.config, self.model
         states = self.dj.stream(
@@ -170,7 +169,7 @@ class Ours:
             out = denoise.step(model, params, recipe, None, state, served, wide=wide)
             return out.tokens, out.stale, out.cache.kv if wide else None
 
-        timed = partial(_timed, apart(self.params))  # as `generate` does before its loop
+        timed = partial(_timed, self.params)
         wide, narrow = timed(passed, opened, wide=True), timed(passed, inside, wide=False)
         scores = [
             timed(stepped, opened, wide=True) - wide,
