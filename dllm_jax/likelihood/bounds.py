@@ -24,6 +24,8 @@ from pallas_kernels import BlockMask
 
 _TIME, _TURN, _NOISE = 0, 1, 2  # streams of noise; the last of the noise process, and those behind
 
+_CAUSAL_BLOCK = 4
+
 
 class Bound(NamedTuple):
     """A Monte Carlo estimate of a lower bound of log p(answer | prompt), in nats."""
@@ -56,7 +58,7 @@ def bound(
       key: one for the batch, row r then uses `fold_in(key, r)`, or one for each row. Sample s of a
         row depends on (its key, s), and on the number of samples where times are stratified.
       noise: by default `MaskNoise`, or `UniformNoise` for a model without a mask token, in the
-        model's own blocks.
+        model's own blocks (4 for a causal model with a mask token, as `recipes.block_diffusion`).
       samples: draws of noise, each of which takes a pass.
       times: how noise levels are spread over the samples: "stratified" (each of its own part of
         [0, 1]), "antithetic" (in pairs u, 1 - u) or "independent".
@@ -112,6 +114,8 @@ def _fitting(config, noise: MaskNoise | UniformNoise | None) -> MaskNoise | Unif
         size = getattr(config, "canvas_length", 0)
         if config.attention == "block_causal":
             size = config.block_size
+        elif config.attention == "causal" and kind is MaskNoise:
+            size = _CAUSAL_BLOCK
         noise = kind(block_size=size)
     if not isinstance(noise, kind):
         raise ValueError(f"{noise} is not for this model, whose mask_id is {config.mask_id}")

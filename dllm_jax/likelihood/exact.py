@@ -88,9 +88,11 @@ def check_deterministic(recipe: Recipe) -> None:
         refuse("ReNoise", "writes nothing for good until the block is done, and draws noise")
     if isinstance(recipe.commit, Ancestral | FirstHitting | ReMDM):
         refuse(type(recipe.commit).__name__, "picks positions at random")
-    for part in (recipe.commit, getattr(recipe.commit, "quota", None)):
-        if getattr(part, "rank", None) == "random":
-            refuse('rank="random"', "picks positions at random")
+    inner = getattr(recipe.commit, "policy", None)
+    for part in (recipe.commit, inner, getattr(recipe.commit, "quota", None)):
+        noise = getattr(part, "noise", 0.0)
+        if getattr(part, "rank", None) == "random" or (isinstance(noise, float) and noise):
+            refuse(f"{type(part).__name__} with a random order", "picks positions at random")
     if recipe.revise is not None:
         refuse(type(recipe.revise).__name__, "changes tokens that are written")
 
