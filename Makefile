@@ -13,7 +13,7 @@ override PROMPT := $(value PROMPT)
 export PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow lint format clean
+.PHONY: help setup demo test slow aot lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' | \
@@ -40,6 +40,17 @@ test: setup  ## the quick tests
 slow: setup  ## every test, the slow ones too
 	@$(BIN)/python -m pytest -q -n $(JOBS) -m ""
 
+# A virtual environment of its own: where the TPU compiler is, JAX looks for a TPU.
+AOT := .venv-aot
+$(AOT)/.stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -m venv $(AOT)
+	@$(AOT)/bin/python -m pip --disable-pip-version-check --no-input -qq install \
+		-c constraints.txt -e '.[dev,aot]'
+	@touch $@
+
+aot: $(AOT)/.stamp  ## compile the kernels for TPUs, by the real compiler, without one
+	@JAX_PLATFORMS=cpu $(AOT)/bin/python -m pytest -q -m aot
+
 lint: setup  ## formatting, style, types, and the layers
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -51,5 +62,5 @@ format: setup  ## rewrite the sources in the house format
 	@$(BIN)/ruff check --fix .
 
 clean:  ## remove .venv, builds and caches
-	rm -rf .venv build dist .hypothesis .import_linter_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-aot build dist .hypothesis .import_linter_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

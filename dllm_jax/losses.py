@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dllm_jax.cache import KVCache
 from dllm_jax.corruption import MaskedBlocks
-from dllm_jax.nn.transformer import Transformer, forward, logits_of
+from dllm_jax.nn.head import cross_entropy_of
+from dllm_jax.nn.transformer import Transformer, forward
 from dllm_jax.typing import Key, Params
 from pallas_kernels import BlockMask
 
@@ -59,25 +60,22 @@ class DualStream:
             cache_end=noisy.prefix,
             frozen_layers=self.frozen_layers,
         )
-        logits = logits_of(model, params, out.hidden)
-        nats = cross_entropy(logits, noisy.targets)
+        nats, best = cross_entropy_of(model, params, out.hidden, noisy.targets)
         total = jnp.maximum(noisy.weights.sum(), 1.0)
         loss = diffusion = (nats * noisy.weights).sum() / total
-        figures = {"diffusion": diffusion, **self._drafts(logits, noisy)}
+        figures = {"diffusion": diffusion, **self._drafts(best, noisy)}
         if self.ar_weight:
             scored = jnp.arange(tokens.shape[1] - 1)
             weights = (scored + 1 >= batch["prompts"][:, None]) & (scored + 1 < lengths[:, None])
-            logits = logits_of(model, params, clean.hidden[:, :-1])
-            ar = (cross_entropy(logits, tokens[:, 1:]) * weights).sum() / jnp.maximum(
-                weights.sum(), 1
-            )
+            nats, _ = cross_entropy_of(model, params, clean.hidden[:, :-1], tokens[:, 1:])
+            ar = (nats * weights).sum() / jnp.maximum(weights.sum(), 1)
             figures["ar"] = ar
             loss = loss + self.ar_weight * ar
         return loss, figures
 
-    def _drafts(self, logits, noisy) -> dict[str, Array]:
+    def _drafts(self, best, noisy) -> dict[str, Array]:
         size = self.noise.block_size
-        right = (logits.argmax(axis=-1) == noisy.targets).reshape(-1, size)
+        right = (best == noisy.targets).reshape(-1, size)
         counted = ((noisy.weights > 0) & noisy.whole).reshape(-1, size)
         share = lambda hits: (hits & counted).sum(axis=0) / jnp.maximum(counted.sum(axis=0), 1)  # noqa: E731
         accuracy = share(right)

@@ -21,7 +21,7 @@ T = TypeVar("T")
 FORMAT = "dllm_jax"
 """What `format` says in the config.json of a folder of ours."""
 
-VERSION = 1
+VERSION = 2
 """The layout of such a folder, and of the parameter tree in it."""
 
 

@@ -1,5 +1,6 @@
 """Every test sees eight CPU devices, repeatable examples, and the goldens if there are any."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -41,6 +42,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     for device in ("gpu", "tpu"):
         if item.get_closest_marker(device) and jax.default_backend() != device:
             pytest.skip(f"needs a {device.upper()}; JAX runs on {jax.default_backend()}")
+    if item.get_closest_marker("aot"):
+        if importlib.util.find_spec("libtpu") is None:
+            pytest.skip("the TPU compiler is not installed; run `make aot`")
+        jax.config.update("jax_disable_most_optimizations", False)  # the programs that run there
 
 
 @pytest.fixture(scope="session")

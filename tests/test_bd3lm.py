@@ -15,6 +15,7 @@ from dllm_jax.cache import append, cut
 from dllm_jax.checkpoint import export, load, save
 from dllm_jax.losses import subs_loss
 from dllm_jax.models import bd3lm
+from dllm_jax.nn import head
 from dllm_jax.nn.dit import DiTConfig
 from dllm_jax.nn.tree import param_axes, param_shapes
 from pallas_kernels import BlockMask
@@ -43,7 +44,7 @@ def apply(config, params, tokens, **options):
 
 @partial(jax.jit, static_argnums=0)
 def logits_of(config, params, hidden):
-    return config.build().apply({"params": params}, hidden, method="logits")
+    return head.logits_of(config.build(), params, hidden)
 
 
 subs = jax.jit(subs_loss, static_argnames="mask_id")

@@ -1,13 +1,16 @@
 """Block attention against a dense softmax, its masks written out entry by entry."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import BlockMask, block_attention
+from pallas_kernels import BlockMask, block_attention, block_attention_lse
 
 
 def dense_attention(q, k, v, allow, scale=None):
@@ -59,6 +62,44 @@ def test_attention_is_a_masked_softmax(mask, entries, cached):
     out = block_attention(q, k, v, mask, lengths=jnp.asarray(lengths), **more)
     expected = dense_attention(np.asarray(q), k_all, v_all, allow)
     np.testing.assert_allclose(out, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("soft_cap", [0.0, 2.0])
+def test_results_over_parts_of_the_cache_merge(soft_cap):
+    """By their log-sums; from one layer of the cache of all; with the soft cap as defined."""
+    keys = jax.random.split(jax.random.key(2), 4)
+    q, k, v = (3 * jax.random.normal(key, (2, 3, 2, 8)) for key in keys[:3])
+    kv = jax.random.normal(keys[3], (4, 2, 2, 9, 16))
+    mask, ends = BlockMask.bidirectional(3), jnp.array([9, 5])
+    out, lse = block_attention_lse(
+        q, k, v, mask, cache=kv, layer=jnp.int32(2), cache_end=ends, soft_cap=soft_cap
+    )
+    none = jnp.zeros(2, jnp.int32)  # of the entries: the cache alone, or in two parts
+    alone = partial(
+        block_attention_lse, q, k, v, mask, cache=kv[2], lengths=none, soft_cap=soft_cap
+    )
+    own = block_attention_lse(q, k, v, mask, soft_cap=soft_cap)
+    cached = alone(cache_end=ends)
+    parts = [
+        alone(cache_end=jnp.array([3, 0])),
+        alone(cache_end=ends, hole=(none, jnp.array([3, 0]))),
+    ]
+    assert (parts[0][1][1] == -jnp.inf).all()
+    for (expected, total), pieces in (((out, lse), [own, cached]), (cached, parts)):
+        merged = jnp.logaddexp(pieces[0][1], pieces[1][1])
+        np.testing.assert_allclose(merged, total, atol=1e-5)
+        shares = [jnp.exp(piece[1] - merged)[..., None] for piece in pieces]
+        mixed = shares[0] * pieces[0][0] + shares[1] * pieces[1][0]
+        np.testing.assert_allclose(mixed, expected, atol=1e-5)
+
+    scores = np.einsum("bqnh,bsnh->bnqs", q, k) / 8**0.5
+    if soft_cap:
+        scores = soft_cap * np.tanh(scores / soft_cap)
+    np.testing.assert_allclose(
+        own[1], np.moveaxis(scipy.special.logsumexp(scores, axis=-1), 1, 2), atol=1e-5
+    )
+    weights = scipy.special.softmax(scores, axis=-1)
+    np.testing.assert_allclose(own[0], np.einsum("bnqs,bsnh->bqnh", weights, v), atol=1e-5)
 
 
 def test_a_prefix_of_its_own_for_each_query():

@@ -18,6 +18,7 @@ from dllm_jax.checkpoint import convert, load, load_adapter, save, save_adapter
 from dllm_jax.models import weights
 from dllm_jax.models.export import published_tensors
 from dllm_jax.nn.adapters import AdapterConfig
+from dllm_jax.nn.head import logits_of
 from dllm_jax.nn.transformer import Transformer, TransformerConfig
 from dllm_jax.nn.tree import param_axes, param_shapes
 from dllm_jax.sharding import FSDP, FSDP_TENSOR, TENSOR, Rules, make_mesh, shardings
@@ -234,7 +235,7 @@ def test_damage_that_keeps_the_size(saved: Path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, r"config\.json has format version 2; this dllm_jax reads version 1"),
+        ({"version": 9}, r"config\.json has format version 9; this dllm_jax reads version 2"),
         ({"config": {"vocab_size": 40}}, r"config\.json does not fit this dllm_jax .*num_layers"),
     ],
 )
@@ -293,7 +294,7 @@ def test_adapter_files(tmp_path: Path, saved: Path):
     save_adapter(tmp_path / "a", ADAPTED, params, {"steps": 10})
     facts = json.loads((tmp_path / "a" / "adapter.json").read_text())
     assert (facts["mask_id"], facts["meta"]) == (40, {"steps": 10})
-    assert facts["adapter"] == {"rank": 2, "alpha": 4.0, "first_layer": 1}
+    assert facts["adapter"] == {"rank": 2, "alpha": 4.0, "first_layer": 1, "gated": True}
     stored = load_file(tmp_path / "a" / "adapter.safetensors")
     assert stored["q/in"].shape == (2, 16, 2)  # of three layers, those from the first on
     assert {str(x.dtype) for x in stored.values()} == {"bfloat16"}
@@ -388,7 +389,7 @@ def test_named_model(smollm2_cache: Path, monkeypatch: pytest.MonkeyPatch, golde
     outputs = np.load(goldens / "smollm2_ar" / "outputs.npz")
     tokens = jnp.asarray(inputs["p0"], jnp.int32)
     hidden = model.apply({"params": params}, tokens).hidden
-    logits = model.apply({"params": params}, hidden[:, -1], method="logits")
+    logits = logits_of(model, params, hidden[:, -1])
     np.testing.assert_allclose(logits, outputs["p0_logits_last"], atol=1e-4, rtol=0)
 
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -76,7 +77,7 @@ def byte_tokenizer(template: str | None = TEMPLATE) -> Tokenizer:
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that writes printable letters, with an adapter that does something."""
-    noise, tokenizer = np.random.default_rng(0), byte_tokenizer()
+    noise, tokenizer = np.random.default_rng(2), byte_tokenizer()
     # Not `model.init`, which takes seconds to compile.
     params = jax.tree.map(
         lambda leaf: noise.normal(scale=0.3, size=leaf.shape).astype(np.float32),
@@ -84,7 +85,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     # Bytes that are no letters, and the end of a turn, get a score that never wins.
     readable = np.array([tokenizer.decode([i]).isalnum() for i in range(256)] + [False, False])
-    params["head"] = np.where(readable, params["head"] * 3, 0)
+    params["head"] = np.where(readable[:, None], params["head"] * 3, 0)
     path = tmp_path_factory.mktemp("cli") / "tiny"
     checkpoint.save(path, Transformer(CONFIG), jax.tree.map(jnp.asarray, params), tokenizer)
     return path
@@ -110,7 +111,9 @@ def start(*arguments: str, cache: Path, **options) -> subprocess.Popen[str]:
     """The command in a process of its own."""
     environment = {**os.environ, "DLLM_JAX_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "dllm_jax", *arguments]
-    return subprocess.Popen(command, env=environment, text=True, **options)
+    # A shell's background jobs do not hear Ctrl-C, and neither would what they start.
+    hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, env=environment, text=True, preexec_fn=hear, **options)
 
 
 # What is asked

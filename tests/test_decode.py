@@ -16,7 +16,8 @@ from dllm_jax import recipes
 from dllm_jax.decode.generate import Prompt, _generate, generate, pad, stream
 from dllm_jax.decode.prompt import checked, edge
 from dllm_jax.decode.state import result
-from dllm_jax.nn.transformer import forward, logits_of
+from dllm_jax.nn.head import logits_of
+from dllm_jax.nn.transformer import forward
 from dllm_jax.testing import tiny
 from pallas_kernels import BlockMask
 
@@ -173,7 +174,7 @@ def test_padding_changes_nothing():
 
 def test_speculative_samples_follow_the_autoregressive_joint():
     """Chi-square over all continuations of three tokens, in a vocabulary of four."""
-    model, params = tiny(vocab_size=4, sharpness=3.0, eos_ids=())
+    model, params = tiny(vocab_size=4, sharpness=4.0, eos_ids=())
     prompt, rows, rounds = [2, 3, 1], 512, 8
     recipe = recipes.self_speculative(width=2, temperature=1.3)
     counts, accepted = np.zeros((4, 4, 4)), 0
@@ -275,7 +276,7 @@ def test_a_policy_of_ones_own_plugs_in():
 
 def test_a_mask_token_of_the_vocabulary_is_never_written():
     model, params = tiny(mask_id=7)
-    params["head"] = params["head"].at[:, 7].multiply(4.0)  # the model would love to
+    params["head"] = params["head"].at[7].multiply(4.0)  # the model would love to
     plain = generate(model, params, [[3, 4, 5], [9, 8]], recipe=recipes.ar(), max_new_tokens=9)
     for recipe in (recipes.self_speculative(width=2), recipes.block_diffusion(threshold=1.0)):
         res = generate(model, params, [[3, 4, 5], [9, 8]], recipe=recipe, max_new_tokens=9)

@@ -17,6 +17,7 @@ from dllm_jax.models import diffusion_gemma
 from dllm_jax.models.export import published_tensors
 from dllm_jax.nn import gemma
 from dllm_jax.nn.gemma import GemmaConfig
+from dllm_jax.nn.head import logits_of
 from dllm_jax.nn.tree import param_axes, param_shapes
 from pallas_kernels import BlockMask
 
@@ -41,9 +42,10 @@ def apply(config, params, tokens, **options):
     return config.build().apply({"params": params}, tokens, **options)
 
 
-@partial(jax.jit, static_argnums=0, static_argnames=("method",))
-def call(config, params, x, method):
-    return config.build().apply({"params": params}, x, method=method)
+@partial(jax.jit, static_argnums=0)
+def soft_embed(config, params, probs):
+    mean = probs @ params["embed"]
+    return config.build().apply({"params": params}, mean, method="soft_embed")
 
 
 # The published code
@@ -69,12 +71,12 @@ def test_logits_match_the_published_code(goldens: Path):
     # The second step is conditioned on the published scores of the first: a soft embedding is
     # normed, and the rounding of our own would be magnified.
     probs = jax.nn.softmax(want["logits_step1"])
-    carry = call(model.config, params, probs, method="soft_embed")
+    carry = soft_embed(model.config, params, probs)
     for out, name in (
         (alone(), "logits_step1"),
         (alone(carry=carry), "logits_step2_self_conditioned"),
     ):
-        got = call(model.config, params, out.hidden, method="logits")
+        got = logits_of(model, params, out.hidden)
         np.testing.assert_allclose(got, want[name], atol=1e-4, rtol=0)
 
 
@@ -206,12 +208,12 @@ def test_a_canvas_without_a_signal_has_none():
     none, zeros = run().hidden, run(carry=np.zeros((1, 4, 16), np.float32)).hidden
     np.testing.assert_array_equal(none, zeros)
     sure = jax.nn.one_hot(tokens[:, 6:], 24)
-    carry = call(CONFIG, PARAMS, sure, method="soft_embed")
+    carry = soft_embed(CONFIG, PARAMS, sure)
     np.testing.assert_allclose(carry, 4 * PARAMS["embed"][tokens[:, 6:]], rtol=1e-6)
     told = run(carry=carry).hidden
     np.testing.assert_array_equal(none[:, :6], told[:, :6])
     assert not np.allclose(none[:, 6:], told[:, 6:], atol=1e-2)
-    logits = call(CONFIG, PARAMS, 100 * told, method="logits")
+    logits = logits_of(CONFIG.build(), PARAMS, 100 * told)
     assert 29 < np.abs(logits).max() <= 30
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from dllm_jax.checkpoint import load
 from dllm_jax.models import registry
-from dllm_jax.nn.transformer import TransformerConfig, forward, logits_of
+from dllm_jax.nn.head import logits_of
+from dllm_jax.nn.transformer import TransformerConfig, forward
 from dllm_jax.nn.tree import param_shapes
 from pallas_kernels import BlockMask
 

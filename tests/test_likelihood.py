@@ -14,7 +14,8 @@ from dllm_jax.corruption import MaskNoise, UniformNoise
 from dllm_jax.decode.generate import infill, pad
 from dllm_jax.likelihood import bound, is_greedy, log_likelihood, score_choices
 from dllm_jax.likelihood.bounds import _values
-from dllm_jax.nn.transformer import forward, logits_of
+from dllm_jax.nn.head import logits_of
+from dllm_jax.nn.transformer import forward
 from dllm_jax.policies import ConfidenceThreshold, Quota
 from dllm_jax.testing import tiny
 from pallas_kernels import BlockMask
@@ -499,7 +500,7 @@ def test_bad_bounds_are_told_so():
     refused("none of stratified", times="random")
     refused("at least 1", samples=0)
     refused("restores the whole answer", noise=MaskNoise(block_size=2))
-    refused("restores the whole answer", CAUSAL)
+    refused("restores the whole answer", CAUSAL, noise=MaskNoise())
     refused("is not for this model", noise=UniformNoise())
     refused("is not for this model", UNIFORM, noise=MaskNoise())
     refused("no mask token", tiny(adapter=False), noise=MaskNoise(block_size=2))

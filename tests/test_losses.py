@@ -9,10 +9,11 @@ import pytest
 
 from dllm_jax.corruption import MaskedBlocks
 from dllm_jax.losses import DualStream, cross_entropy
+from dllm_jax.nn.head import logits_of
 from dllm_jax.testing import tiny
 from pallas_kernels import BlockMask
 
-MODEL, PARAMS = tiny(vocab_size=4)  # so few tokens that some drafts are right
+MODEL, PARAMS = tiny(vocab_size=4, seed=3)  # so few tokens that some drafts are right
 L, T, G = 14, 4, 7
 # Seven places to start from, seven blocks, and 4 and 7 share no factor: each place is drawn once,
 # so that a row's blocks, in order, are a dual stream of stride 1.
@@ -71,7 +72,7 @@ def rows() -> list[Row]:
         out = MODEL.apply(
             {"params": PARAMS}, tokens, mask=mask, positions=positions, lengths=lengths
         )
-        return MODEL.apply({"params": PARAMS}, out.hidden, method="logits")
+        return logits_of(MODEL, PARAMS, out.hidden)
 
     one_pass = jax.jit(one_pass, static_argnames="mask")
     found = []

@@ -55,8 +55,8 @@ def model(tmp_path_factory) -> Path:
     # The first axis of the residual stream is about constant, so that the head has a bias there.
     params["embed"][:, 0] = 4
     letters = [TOKENIZER.decode([i]).isalpha() for i in range(256)]
-    params["head"][0] = np.where([*letters, False, False], 0, -8)
-    params["head"][0, END] = 0.6
+    params["head"][:, 0] = np.where([*letters, False, False], 0, -8)
+    params["head"][END, 0] = 0.6
     path = tmp_path_factory.mktemp("scripts") / "tiny"
     checkpoint.save(path, Transformer(BASE), jax.tree.map(jnp.asarray, params), TOKENIZER)
     return path

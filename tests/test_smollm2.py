@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import dllm_jax as dj
-from dllm_jax.nn.transformer import forward, logits_of
+from dllm_jax.nn.head import logits_of
+from dllm_jax.nn.transformer import forward
 
 NAME = "smollm2-135m-instruct"
 

@@ -80,19 +80,19 @@ def test_streamed_is_dense(
         got.soft, probs @ np.asarray(vocabulary, np.float64), rtol=1e-4, atol=1e-5
     )
     hot = scipy.special.logsumexp(scores / np.float32(0.7), axis=1)
-    np.testing.assert_allclose(got.hot_log_z, hot, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got.drawn.log_z, hot, rtol=1e-5, atol=1e-5)
     warm = np.exp(scores / np.float32(0.7) - hot[:, None])
     np.testing.assert_allclose(
-        got.hot_entropy, -scipy.special.xlogy(warm, warm).sum(axis=1), atol=1e-5
+        got.drawn.entropy, -scipy.special.xlogy(warm, warm).sum(axis=1), atol=1e-5
     )
     noise = np.asarray(gumbel(keys[:, :1], keys[:, 1:], jnp.arange(vocab, dtype=jnp.uint32)[None]))
-    np.testing.assert_array_equal(got.sample, (scores / np.float32(0.7) + noise).argmax(axis=1))
-    own = np.take_along_axis(scores, np.asarray(got.sample)[:, None], axis=1)[:, 0]
-    np.testing.assert_allclose(got.sample_score, own, rtol=1e-5, atol=1e-5)
-    asked = jnp.stack([got.ids[:, 0], got.sample], axis=1)
+    np.testing.assert_array_equal(got.drawn.ids, (scores / np.float32(0.7) + noise).argmax(axis=1))
+    own = np.take_along_axis(scores, np.asarray(got.drawn.ids)[:, None], axis=1)[:, 0]
+    np.testing.assert_allclose(got.drawn.scores, own, rtol=1e-5, atol=1e-5)
+    asked = jnp.stack([got.ids[:, 0], got.drawn.ids], axis=1)
     at = scores_at(hidden, vocabulary, asked, **options)
     np.testing.assert_allclose(at[:, 0], got.scores[:, 0], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(at[:, 1], got.sample_score, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(at[:, 1], got.drawn.scores, rtol=1e-5, atol=1e-5)
 
 
 def test_equal_scores_go_by_their_ids():
@@ -128,12 +128,9 @@ def test_shards_of_a_vocabulary_merge(shards):
         return ask(hidden, vocabulary, bias=bias, keys=keys, axis_name="tensor")
 
     got = split(hidden, vocabulary, bias, keys)
-    for name in ("ids", "sample"):
-        np.testing.assert_array_equal(getattr(got, name), getattr(whole, name), err_msg=name)
-    for name in ("log_z", "entropy", "scores", "sample_score", "hot_log_z", "hot_entropy", "soft"):
-        np.testing.assert_allclose(
-            getattr(got, name), getattr(whole, name), rtol=1e-5, atol=1e-5, err_msg=name
-        )
+    np.testing.assert_array_equal(got.ids, whole.ids)
+    np.testing.assert_array_equal(got.drawn.ids, whole.drawn.ids)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), got, whole)
     program = split.lower(hidden, vocabulary, bias, keys).compile().as_text()
     assert "320]" not in program.split("all-gather", 1)[1].splitlines()[0], "scores travel"
 
@@ -170,7 +167,7 @@ def test_samples_follow_the_categorical(vocab, temperature):
     for piece in np.array_split(np.asarray(keys), max(draws // 4000, 1)):
         rows = jnp.broadcast_to(hidden, (len(piece), 8))
         got.append(streamed(rows, vocabulary, keys=piece, temperature=jnp.float32(temperature),
-                            tile=None if vocab == 40 else 10_000).sample)  # fmt: skip
+                            tile=None if vocab == 40 else 10_000).drawn.ids)  # fmt: skip
     scores = dense(hidden, vocabulary)[0] / temperature
     probs = scipy.special.softmax(scores)
     bins = np.argsort(np.argsort(probs)) * 40 // vocab  # tokens of like probability together
@@ -182,12 +179,14 @@ def test_samples_follow_the_categorical(vocab, temperature):
 def test_a_sample_depends_on_its_key_alone():
     hidden, vocabulary, _, keys = drawn(9, 130, 700, 8)
     ask = partial(streamed, temperature=jnp.float32(1.0))
-    whole = np.asarray(ask(hidden, vocabulary, keys=keys).sample)
+    whole = np.asarray(ask(hidden, vocabulary, keys=keys).drawn.ids)
     for tile in (64, 100, 333):
-        np.testing.assert_array_equal(ask(hidden, vocabulary, keys=keys, tile=tile).sample, whole)
+        np.testing.assert_array_equal(
+            ask(hidden, vocabulary, keys=keys, tile=tile).drawn.ids, whole
+        )
     some = np.array([3, 77, 12])
     np.testing.assert_array_equal(
-        ask(hidden[some], vocabulary, keys=keys[some]).sample, whole[some]
+        ask(hidden[some], vocabulary, keys=keys[some]).drawn.ids, whole[some]
     )
 
 
@@ -222,7 +221,7 @@ def test_cross_entropy_and_its_gradient(seed, vocab, tile, soft_cap, forbidden, 
         nats = cross_entropy(
             hidden, vocabulary, targets, bias=bias, soft_cap=soft_cap, forbidden=forbidden,
             tile=tile,
-        )  # fmt: skip
+        ).nats  # fmt: skip
         return (nats * weights).sum(), nats
 
     which = (0, 1, 2) if with_bias else (0, 1)
@@ -239,7 +238,7 @@ def test_cross_entropy_never_forms_the_scores():
     rows, vocab, dim, tile = 256, 4096, 16, 128
     shapes = [jax.ShapeDtypeStruct(s, "float32") for s in ((rows, dim), (vocab, dim))]
     targets = jax.ShapeDtypeStruct((rows,), "int32")
-    loss = lambda h, w, t: cross_entropy(h, w, t, tile=tile).sum()  # noqa: E731
+    loss = lambda h, w, t: cross_entropy(h, w, t, tile=tile).nats.sum()  # noqa: E731
     compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*shapes, targets).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < rows * vocab * 4 / 4
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllm_jax.cache import append
+from dllm_jax.nn.head import logits_of
 from dllm_jax.nn.transformer import Transformer, TransformerConfig
 from dllm_jax.nn.tree import param_axes, param_shapes
 from dllm_jax.testing import tiny
@@ -152,7 +153,7 @@ def test_the_family_is_a_matter_of_configuration(changes):
     axes = param_axes(model.config)
     jax.tree.map(lambda s, p, a: None, shapes, params, jax.tree.map(tuple, axes, is_leaf=_is_axes))
     out = apply(model, params, np.array([[3, 4, 5, 6, 7]]))
-    logits = model.apply({"params": params}, out.hidden, method="logits")
+    logits = logits_of(model, params, out.hidden)
     assert logits.shape == (1, 5, 32)
     assert np.isfinite(logits).all()
     changed = apply(model, params, np.array([[3, 4, 5, 6, 8]])).hidden

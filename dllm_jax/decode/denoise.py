@@ -7,12 +7,12 @@ others as they are. Nothing of a row depends on its neighbours.
 """
 
 import dataclasses
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from dllm_jax.decode import passes
+from dllm_jax.decode.choice import choose
 from dllm_jax.decode.passes import Pass
 from dllm_jax.decode.state import (
     END_OF_TURN,
@@ -22,16 +22,13 @@ from dllm_jax.decode.state import (
     is_end,
     put,
     window,
-    without_mask,
     write,
 )
-from dllm_jax.nn.transformer import logits_of
-from dllm_jax.ops.sampling import best_token, draw, probabilities, shaped, uniform, warmth
+from dllm_jax.ops.sampling import uniform
 from dllm_jax.policies import CommitView, FinishView, Pipeline, ReNoise, ReviseView, Sliding
-from dllm_jax.policies.commit import entropy
 from dllm_jax.recipes import Denoise
 
-_TOKEN, _COMMIT, _REVISE, _NOISE = 1, 2, 3, 4  # streams of noise
+_COMMIT, _REVISE, _NOISE = 2, 3, 4  # streams of noise
 
 
 def first_steps(model, params, recipe: Denoise, keys, state: DecodeState, width: int):
@@ -96,57 +93,6 @@ def _own_pass(model, params, recipe: Denoise, keys, state: DecodeState, rows, wi
     return _conclude(model, recipe, state, full.astype(jnp.int32), full)
 
 
-class _Choice(NamedTuple):
-    """What the model says at positions of the canvas."""
-
-    scores: jax.Array  # float32[B, C, V], whose softmax policies see
-    greedy: jax.Array  # int32[B, C]: the most probable token that may be written
-    tokens: jax.Array  # int32[B, C]: the drawn one, or the same
-    confidence: jax.Array  # float32[B, C]: its probability
-    written: jax.Array  # int32[B, C]: what a commit writes: the token, or the forced one
-    logprobs: jax.Array  # float32[B, C]: of that, among tokens that may be written
-
-    @property
-    def probs(self) -> jax.Array:
-        return jax.nn.softmax(self.scores, axis=-1)
-
-
-def _choose(model, params, recipe: Denoise, keys, state: DecodeState, hidden, at) -> _Choice:
-    logits = logits_of(model, params, hidden)
-    if recipe.guidance is not None:
-        logits = recipe.guidance.combine(*jnp.split(logits, 2))
-    if recipe.shape is not None:
-        logits = recipe.shape.shape(logits, state.step)
-    allowed = logits if recipe.predict_mask else without_mask(logits, model.config.mask_id)
-    greedy = best_token(allowed)
-    tokens = greedy
-    if keys is not None:
-        drawn = probabilities(allowed, recipe.sampling)
-        tokens = draw(keys, at, _TOKEN, drawn, state.nfe)
-    written = tokens
-    if state.forced.shape[1]:
-        index = jnp.minimum(at, state.forced.shape[1] - 1)
-        written = jnp.take_along_axis(state.forced, index, axis=1)
-    # Uniform noise: what a canvas ends as is its most probable tokens.
-    scored = greedy if isinstance(recipe.revise, ReNoise) else written
-    own = lambda x, ids: jnp.take_along_axis(x, ids[..., None], axis=-1)[..., 0]  # noqa: E731
-    total = jax.nn.logsumexp(allowed, axis=-1)
-    logprobs = own(allowed, scored) - total
-    scores, sampled = logits, recipe.confidence == "sampled"
-    if sampled:
-        scores = shaped(allowed, recipe.sampling)
-        total = jax.nn.logsumexp(scores, axis=-1)
-    if allowed is not logits:
-        # Published codes count the mask token in the confidence, though it is not to be written.
-        mask = logits[..., state.mask_id]
-        if sampled:
-            mask = mask / warmth(recipe.sampling)
-            scores = scores.at[..., state.mask_id].set(mask)
-        total = jnp.logaddexp(total, mask)
-    confidence = jnp.exp(own(scores, tokens) - total)
-    return _Choice(scores, greedy, tokens, confidence, written, logprobs)
-
-
 def _settle(model, params, recipe: Denoise, keys, out: Pass, rows, opening=None) -> DecodeState:
     """Writes, revises and moves on, from the scores of a pass.
 
@@ -158,7 +104,7 @@ def _settle(model, params, recipe: Denoise, keys, out: Pass, rows, opening=None)
     count = out.hidden.shape[1]
     index = jnp.arange(count)
     at = out.base[:, None] + index
-    choice = _choose(model, params, recipe, keys, state, out.hidden, at)
+    choice = choose(model, params, recipe, keys, state, out.hidden, at)
     canvas, is_open, is_free = (
         window(x, out.base, count) for x in (state.tokens, state.open, state.free)
     )
@@ -178,13 +124,15 @@ def _settle(model, params, recipe: Denoise, keys, out: Pass, rows, opening=None)
     asked = masked & (index > 0) if sliding else masked
     chance = noise(_COMMIT)
     view = CommitView(
-        probs=fold(choice.probs),
         tokens=fold(choice.tokens),
         confidence=fold(choice.confidence),
+        entropy=fold(choice.entropy),
+        margin=fold(choice.margin),
         masked=fold(asked),
         step=jnp.repeat(state.step, blocks),
         opened=jnp.repeat(state.opened, blocks),
         uniform=None if chance is None else fold(chance),
+        everything=lambda: fold(choice.probs()),
     )
     commit = recipe.commit.commit(view) & view.masked
     if recipe.progress:
@@ -233,7 +181,7 @@ def _settle(model, params, recipe: Denoise, keys, out: Pass, rows, opening=None)
                 steps=state.step,
                 full_steps=state.full_steps,
                 stable=(choice.greedy == state.previous).all(axis=1),
-                entropy=_mean(entropy(choice.probs), inside),
+                entropy=_mean(choice.entropy, inside),
             )
         )
         seen = jnp.where(done[:, None], -1, choice.greedy)  # the next block has no step before
@@ -245,7 +193,7 @@ def _settle(model, params, recipe: Denoise, keys, out: Pass, rows, opening=None)
     ending = choice.greedy if renoise else choice.written
     state = write(state, out.base, ending, rest, choice.logprobs)
     if recipe.carry is not None:
-        soft = model.apply({"params": params}, choice.probs, method="soft_embed")
+        soft = model.apply({"params": params}, choice.soft, method="soft_embed")
         # The next block starts without.
         soft = jnp.where(done[:, None, None], 0, soft).astype(state.carry.dtype)
         kept = jnp.where(rows[:, None, None], soft, state.carry)
@@ -354,7 +302,7 @@ def _reach(recipe: Denoise, state: DecodeState, start, at_end) -> jax.Array:
 def _seed(model, params, recipe: Denoise, keys, state: DecodeState, hidden, at, rows):
     """Writes the token at `at` [B], which the entry before it predicts."""
     at = jnp.minimum(at, state.tokens.shape[1] - 1)
-    choice = _choose(model, params, recipe, keys, state, hidden, at[:, None])
+    choice = choose(model, params, recipe, keys, state, hidden, at[:, None])
     there = jnp.take_along_axis(state.open, at[:, None], axis=1)
     state = write(state, at, choice.written, there & rows[:, None], choice.logprobs)
     return _conclude(model, recipe, state, jnp.zeros_like(at), rows)

@@ -201,6 +201,8 @@ def _fits(recipe: Recipe, config, infilling: bool) -> None:
         raise ValueError("ReNoise needs a `finish`, such as StableAndConfident()")
     if recipe.guidance is not None and recipe.carry is not None:
         raise ValueError("guidance and self-conditioning do not go together")
+    if recipe.guidance is not None and getattr(config, "soft_cap", 0.0):
+        raise ValueError("guidance adds scores, which a head with a soft cap does not allow")
 
 
 def _keys(key, batch: int, recipe: Recipe):

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 from dllm_jax.cache import append, cut
 from dllm_jax.decode.state import DecodeState, gather, is_end, stopped, window, without_mask, write
-from dllm_jax.nn.transformer import Transformer, forward, logits_of
+from dllm_jax.nn.head import logits_of, mask_in_vocabulary, stats_of
+from dllm_jax.nn.transformer import Transformer, forward
 from dllm_jax.ops.sampling import draw, probabilities, uniform
 from dllm_jax.recipes import Verified
 from dllm_jax.typing import Key, Params
@@ -93,13 +94,13 @@ def _settle(model, params, recipe, keys, state: DecodeState, count: int, hidden,
       hidden: [B, 1 + count, D]: row i predicts the token at `written + i`.
       groups: [B, 1 + count, W, D]: masks behind each outcome.
     """
-    logits = _scores(model, params, hidden)
     drafts, draft_probs = state.drafts[:, :count], state.draft_probs[:, :count]
     at = state.written[:, None] + jnp.arange(count + 1)
     if keys is None:
-        tokens = logits.argmax(axis=-1).astype(jnp.int32)
+        tokens, nats = _best(model, params, hidden)
         holds = tokens[:, :count] == drafts
     else:
+        logits = _scores(model, params, hidden)
         probs = probabilities(logits, recipe.sampling)
         rows = jnp.take_along_axis
         p = rows(probs[:, :count], drafts[..., None], axis=-1)[..., 0]
@@ -111,23 +112,28 @@ def _settle(model, params, recipe, keys, state: DecodeState, count: int, hidden,
         rest = jnp.where(rest.sum(axis=-1, keepdims=True) > 0, rest, probs)
         fresh = draw(keys, at, _TOKEN, rest)
         tokens = jnp.where(_pad(holds), _pad(drafts), fresh)
+        nats = rows(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]
     right = jnp.cumprod(holds.astype(jnp.int32), axis=1).sum(axis=1)  # how many, from the left
     kept = _kept(state, tokens, right + 1, model.config.eos_ids)
     keep = jnp.arange(count + 1) < kept[:, None]
     written = state.written + kept
     ended = (is_end(tokens, model.config.eos_ids) & keep).any(axis=1)
-    nats = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]
     state = write(state, state.written, tokens, keep, nats)
     state = dataclasses.replace(state, written=written, stop=stopped(state, written, ended))
     if not recipe.width:
         return state
     chosen = jnp.take_along_axis(groups, right[:, None, None, None], axis=1)[:, 0]
-    logits = _scores(model, params, chosen)
     if keys is None:
-        return dataclasses.replace(state, drafts=logits.argmax(axis=-1).astype(jnp.int32))
-    probs = probabilities(logits, recipe.sampling)
+        return dataclasses.replace(state, drafts=_best(model, params, chosen)[0])
+    probs = probabilities(_scores(model, params, chosen), recipe.sampling)
     at = state.written[:, None] + jnp.arange(recipe.width)
     return dataclasses.replace(state, drafts=draw(keys, at, _DRAFT, probs), draft_probs=probs)
+
+
+def _best(model, params, hidden) -> tuple[jax.Array, jax.Array]:
+    """The most probable token at each position, and its log-probability."""
+    found = stats_of(model, params, hidden, forbidden=mask_in_vocabulary(model.config))
+    return found.ids[..., 0], found.scores[..., 0] - found.log_z
 
 
 def _scores(model, params, hidden) -> jax.Array:

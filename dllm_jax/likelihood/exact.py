@@ -17,7 +17,8 @@ from jaxtyping import Array, Bool, Float
 
 from dllm_jax.decode.generate import infill, run
 from dllm_jax.decode.prompt import checked, edge
-from dllm_jax.likelihood.texts import Texts, over_vocabulary, pack
+from dllm_jax.likelihood.texts import Texts, pack
+from dllm_jax.nn.head import cross_entropy_of, mask_in_vocabulary, stats_of
 from dllm_jax.nn.transformer import forward
 from dllm_jax.policies import Ancestral, FirstHitting, ReMDM, ReNoise
 from dllm_jax.recipes import Denoise, Recipe, Verified
@@ -132,18 +133,18 @@ def _check_causal(config, texts: Texts) -> None:
 @partial(jax.jit, static_argnames="model")
 def _causal(model, params, texts: Texts) -> Float[Array, "B N"]:
     """Log-probabilities of the answers' tokens, each given all before it."""
-    score = lambda logits, target: jax.nn.log_softmax(logits)[target]  # noqa: E731
     hidden = _before_answers(model, params, texts)
-    nats = over_vocabulary(model, params, score, hidden, texts.targets)
-    return jnp.where(texts.there, nats, 0.0)
+    barred = mask_in_vocabulary(model.config)
+    nats, _ = cross_entropy_of(model, params, hidden, texts.targets, barred)
+    return jnp.where(texts.there, -nats, 0.0)
 
 
 @partial(jax.jit, static_argnames="model")
 def _most_probable(model, params, texts: Texts) -> Bool[Array, "B N"]:
     """Whether each token of the answers is the most probable one."""
-    score = lambda logits, target: jnp.argmax(logits) == target  # noqa: E731
     hidden = _before_answers(model, params, texts)
-    return over_vocabulary(model, params, score, hidden, texts.targets)
+    found = stats_of(model, params, hidden, forbidden=mask_in_vocabulary(model.config))
+    return found.ids[..., 0] == texts.targets
 
 
 def _before_answers(model, params, texts: Texts) -> Float[Array, "B N D"]:

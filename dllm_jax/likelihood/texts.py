@@ -9,7 +9,7 @@ import numpy as np
 
 from dllm_jax.decode.prompt import BUCKET, Prompt, checked
 from dllm_jax.decode.state import without_mask
-from dllm_jax.nn.transformer import logits_of
+from dllm_jax.nn.head import logits_of
 
 _AT_ONCE = 256  # tokens whose scores over the vocabulary are held at a time
 

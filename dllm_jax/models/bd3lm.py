@@ -102,7 +102,7 @@ def tensor_maps(config: DiTConfig) -> tuple[TensorMap, ...]:
         TensorMap(last + "adaLN_modulation.weight", "output/modulation", "(2 D) C -> C 2 D"),
         TensorMap(last + "adaLN_modulation.bias", "output/modulation_bias", "(2 D) -> 2 D"),
         TensorMap(last + "norm_final.weight", "output/norm", "D -> D"),
-        TensorMap(last + "linear.weight", "head", "V D -> D V"),
+        TensorMap(last + "linear.weight", "head", "V D -> V D"),
         TensorMap(last + "linear.bias", "output/head_bias", "V -> V"),
     )
 

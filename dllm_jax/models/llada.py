@@ -124,7 +124,7 @@ def tensor_maps(config: TransformerConfig) -> tuple[TensorMap, ...]:
         TensorMap(layer + "ff_out.weight", "layers/mlp/down", "D F -> F D"),
     )
     if not config.tied_head:
-        maps += (TensorMap(body + "ff_out.weight", "head", "V D -> D V"),)
+        maps += (TensorMap(body + "ff_out.weight", "head", "V D -> V D"),)
     if config.qkv_bias:
         maps += (
             TensorMap(layer + "q_proj.bias", "layers/attention/q_bias", "(N H) -> N H"),

@@ -133,7 +133,7 @@ def tensor_maps(config: TransformerConfig) -> tuple[TensorMap, ...]:
         TensorMap("model.norm.weight", "final_norm", "D -> D"),
     ]
     if not config.tied_head:
-        top.append(TensorMap("lm_head.weight", "head", "V D -> D V"))
+        top.append(TensorMap("lm_head.weight", "head", "V D -> V D"))
     rows = [
         TensorMap(layer + "input_layernorm.weight", own + "norm", "D -> D"),
         TensorMap(

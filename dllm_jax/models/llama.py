@@ -166,7 +166,7 @@ def tensor_maps(config: TransformerConfig) -> tuple[TensorMap, ...]:
         TensorMap("model.norm.weight", "final_norm", "D -> D"),
     ]
     if not config.tied_head:
-        top.append(TensorMap("lm_head.weight", "head", "V D -> D V"))
+        top.append(TensorMap("lm_head.weight", "head", "V D -> V D"))
     rows = [
         TensorMap(layer + "input_layernorm.weight", "layers/attention/norm", "D -> D"),
         TensorMap(layer + "self_attn.q_proj.weight", "layers/attention/q", "(N H) D -> D N H"),
@@ -273,7 +273,7 @@ def gguf_tensor_maps(config: TransformerConfig, architecture: str) -> tuple[Tens
         TensorMap(layer + "ffn_down.weight", "layers/mlp/down", "D F -> F D"),
     )
     if not config.tied_head:
-        maps += (TensorMap("output.weight", "head", "V D -> D V"),)
+        maps += (TensorMap("output.weight", "head", "V D -> V D"),)
     if config.qkv_bias:
         maps += (
             TensorMap(layer + "attn_q.bias", "layers/attention/q_bias", "(N H) -> N H"),

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dllm_jax.cache import KVCache, allocate
+from dllm_jax.nn.head import Head
 from dllm_jax.nn.transformer import Output
 from dllm_jax.nn.tree import Entry, init, param_shapes
 from dllm_jax.ops.norm import layer_norm
@@ -107,7 +108,7 @@ class DiTConfig:
 
 
 class DiT(nn.Module):
-    """The model: hashable, pure. Call it through `transformer.forward` and `logits_of`."""
+    """The model: hashable, pure. Call it through `transformer.forward` and `nn.head`."""
 
     config: DiTConfig
 
@@ -172,13 +173,9 @@ class DiT(nn.Module):
         x = layer_norm(hidden, tree["output"]["norm"], config.norm_eps)
         return Output(x * (1 + scale) + shift, kv)
 
-    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """The vocabulary's scores, float32, of the hidden states that are wanted."""
-        scores = jnp.einsum(
-            "...d,dv->...v", hidden, self.tree["head"].astype(hidden.dtype),
-            preferred_element_type=jnp.float32,
-        )  # fmt: skip
-        return scores + self.tree["output"]["head_bias"].astype(jnp.float32)
+    def head(self) -> Head:
+        """The output projection."""
+        return Head(self.tree["head"], self.tree["output"]["head_bias"])
 
     def cache(self, batch: int, slots: int) -> KVCache:
         """An empty cache for this architecture."""
@@ -206,12 +203,11 @@ def _layer(context: _Context, number, layer: Params, hidden: jax.Array):
     x = layer_norm(hidden, p["norm"], config.norm_eps) * (1 + scale) + shift
     q, k, v = (jnp.einsum("bqd,dnh->bqnh", x, p[name].astype(x.dtype)) for name in "qkv")
     q, k = rotate(q, *context.angles), rotate(k, *context.angles)
-    cached = None
+    cached: dict[str, Any] = {}
     if context.cache is not None:
-        cached = jax.lax.dynamic_index_in_dim(context.cache.kv, number, keepdims=False)
-        cached = cached.astype(q.dtype)
+        cached = {"cache": context.cache.kv, "layer": number}
     mixed = block_attention(
-        q, k, v, context.mask, cache=cached, cache_end=context.cache_end, hole=context.hole,
+        q, k, v, context.mask, **cached, cache_end=context.cache_end, hole=context.hole,
         lengths=context.lengths,
     )  # fmt: skip
     hidden = hidden + gate * jnp.einsum("bqnh,nhd->bqd", mixed, p["o"].astype(x.dtype))
@@ -292,5 +288,5 @@ def _tree(c: DiTConfig) -> Params:
             "norm": entry("embed"),
             "head_bias": entry("vocab"),
         },
-        "head": entry("embed", "vocab"),
+        "head": entry("vocab", "embed"),
     }

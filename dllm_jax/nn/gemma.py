@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from dllm_jax.cache import KVCache
 from dllm_jax.nn.gemma_tree import gemma_tree
+from dllm_jax.nn.head import Head
 from dllm_jax.nn.transformer import Output
 from dllm_jax.nn.tree import init, param_shapes
 from dllm_jax.ops.moe import MoEConfig, Stack, experts, route
@@ -133,7 +134,7 @@ class GemmaConfig:
 
 
 class Gemma(nn.Module):
-    """The model: hashable, pure. Call it through `transformer.forward` and `logits_of`."""
+    """The model: hashable, pure. Call it through `transformer.forward` and `nn.head`."""
 
     config: GemmaConfig
 
@@ -188,23 +189,18 @@ class Gemma(nn.Module):
         hidden, kv = _run(context, tree["layers"], hidden)
         return Output(rms_norm(hidden, tree["final_norm"], config.norm_eps), kv)
 
-    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """The vocabulary's scores, float32 and capped, of the hidden states that are wanted."""
-        scores = jnp.einsum(
-            "...d,vd->...v", hidden, self.tree["embed"].astype(hidden.dtype),
-            preferred_element_type=jnp.float32,
-        )  # fmt: skip
-        cap = self.config.soft_cap
-        return cap * jnp.tanh(scores / cap)
+    def head(self) -> Head:
+        """The output projection."""
+        return Head(self.tree["embed"], soft_cap=self.config.soft_cap)
 
-    def soft_embed(self, probs: Float[Array, "B T V"]) -> Float[Array, "B T D"]:
+    def soft_embed(self, mean: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The embedding that a canvas's next step expects: `carry`.
 
         Args:
-          probs: softmax of the scores of the step before, over its temperature.
+          mean: of the tokens' vectors, under the softmax of the scores of the step before over its
+            temperature (`token_stats(soft=True)`).
         """
-        c = self.config
-        return _scaled(c, probs.astype(c.dtype) @ self.tree["embed"].astype(c.dtype))
+        return _scaled(self.config, mean.astype(self.config.dtype))
 
     def cache(self, batch: int, slots: int) -> KVCache:
         """An empty cache for this architecture: an array for each of `config.kinds`."""
@@ -288,12 +284,11 @@ def _attention(context: _Context, kind: str, number, p: Params, hidden: jax.Arra
     q = rotate(rms_norm(q, p["q_norm"], config.norm_eps), *angles)
     k = rotate(rms_norm(k, p["k_norm"], config.norm_eps), *angles)
     v = rms_norm(v, None, config.norm_eps)
-    cached = None
+    cached: dict[str, Any] = {}
     if context.cache is not None:
-        stack = context.cache.kv[config.kinds.index(kind)]
-        cached = jax.lax.dynamic_index_in_dim(stack, number, keepdims=False).astype(q.dtype)
+        cached = {"cache": context.cache.kv[config.kinds.index(kind)], "layer": number}
     mixed = block_attention(
-        q, k, v, context.mask, cache=cached, cache_end=context.cache_end, hole=context.hole,
+        q, k, v, context.mask, **cached, cache_end=context.cache_end, hole=context.hole,
         lengths=context.lengths, window=config.window if kind == "sliding" else 0, scale=1.0,
     )  # fmt: skip
     mixed = jnp.einsum("bqnh,nhd->bqd", mixed, p["o"].astype(x.dtype))

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dllm_jax.cache import KVCache, allocate
 from dllm_jax.nn.adapters import AdapterConfig, low_rank
+from dllm_jax.nn.head import Head
 from dllm_jax.nn.transformer_tree import transformer_tree
 from dllm_jax.nn.tree import init, param_shapes
 from dllm_jax.ops.moe import MoEConfig, Stack, experts, route
@@ -135,15 +136,8 @@ def forward(model: nn.Module, params: Params, tokens: Int[Array, "B Q"], **optio
     return out
 
 
-def logits_of(
-    model: nn.Module, params: Params, hidden: Float[Array, "*B D"]
-) -> Float[Array, "*B V"]:
-    """The vocabulary's scores, float32, of the hidden states that are wanted."""
-    return jnp.asarray(model.apply({"params": params}, hidden, method="logits"))
-
-
 class Transformer(nn.Module):
-    """The model: hashable, pure. Call it through `forward` and `logits_of`."""
+    """The model: hashable, pure. Call it through `forward`, and `head` through `nn.head`."""
 
     config: TransformerConfig
 
@@ -201,15 +195,9 @@ class Transformer(nn.Module):
         hidden, kv = _run(context, tree, hidden, frozen_layers)
         return Output(rms_norm(hidden, tree["final_norm"], config.norm_eps), kv)
 
-    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """The vocabulary's scores, float32, of the hidden states that are wanted."""
-        if self.config.tied_head:
-            table, contract = self.tree["embed"], "...d,vd->...v"
-        else:
-            table, contract = self.tree["head"], "...d,dv->...v"
-        return jnp.einsum(
-            contract, hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32
-        )
+    def head(self) -> Head:
+        """The output projection."""
+        return Head(self.tree["embed" if self.config.tied_head else "head"])
 
     def cache(self, batch: int, slots: int) -> KVCache:
         """An empty cache for this architecture."""
@@ -307,12 +295,11 @@ def _layer(
     if config.qk_norm:
         q, k = (rms_norm(y, p[f"{n}_norm"], config.norm_eps) for y, n in ((q, "q"), (k, "k")))
     q, k = rotate(q, *context.angles), rotate(k, *context.angles)
-    cached = None
+    cached: dict[str, Any] = {}
     if context.cache is not None:
-        cached = jax.lax.dynamic_index_in_dim(context.cache.kv, number, keepdims=False)
-        cached = cached.astype(q.dtype)
+        cached = {"cache": context.cache.kv, "layer": number}
     mixed = block_attention(
-        q, k, v, context.mask, cache=cached, cache_end=context.cache_end, hole=context.hole,
+        q, k, v, context.mask, **cached, cache_end=context.cache_end, hole=context.hole,
         lengths=context.lengths,
     )  # fmt: skip
     mixed = mixed.reshape(*mixed.shape[:2], -1)

@@ -36,7 +36,7 @@ def transformer_tree(c: Any) -> Params:
         tree["layers"]["mlp"] = _moe_tree(c.moe, entry)
         tree["layers"] = _cut(tree["layers"], c.num_layers - dense)
     if not c.tied_head:
-        tree["head"] = entry("embed", "vocab")
+        tree["head"] = entry("vocab", "embed")
     if c.adapter:
         tree["adapter"] = _adapter_tree(c.num_layers, c.adapter.rank, entry)
         if c.adapter.gated:

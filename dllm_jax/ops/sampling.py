@@ -4,9 +4,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt
 
 from dllm_jax.typing import Key, Number
+from pallas_kernels.token_stats.noise import gumbel
 
 
 @jax.tree_util.register_dataclass
@@ -91,15 +92,24 @@ def draw(
 ) -> Int[Array, "B Q"]:
     """One token for each row and position, by the Gumbel-max trick.
 
-    The noise is a function of (the row's key, position, stream, the row's step) only: padding,
-    neighbours and the number of positions drawn at once do not change it.
+    The noise is a function of (the row's key, position, stream, the row's step) and the token's id
+    only: padding, neighbours and the number of positions drawn at once do not change it.
     """
+    return draw_with(keys_at(keys, positions, stream, step), probs)
 
-    def one(key, p):
-        noise = jax.random.gumbel(key, p.shape, jnp.float32)
-        return jnp.argmax(jnp.log(p) + noise, axis=-1).astype(jnp.int32)
 
-    return jax.vmap(jax.vmap(one))(_at(keys, positions, stream, step), probs)
+def draw_with(noise: UInt[Array, "*B 2"], probs: Float[Array, "*B V"]) -> Int[Array, "*B"]:
+    """One token of each distribution, given the keys of its noise (`keys_at`)."""
+    ids = jnp.arange(probs.shape[-1], dtype=jnp.uint32)
+    race = jnp.log(probs) + gumbel(noise[..., :1], noise[..., 1:], ids)
+    return jnp.argmax(race, axis=-1).astype(jnp.int32)
+
+
+def keys_at(
+    keys: Key, positions: Int[Array, "B Q"], stream: int, step: Int[Array, "B"] | None = None
+) -> UInt[Array, "B Q 2"]:
+    """The key of the noise at each position, as in `draw`, for `pallas_kernels.token_stats`."""
+    return jax.random.key_data(_at(keys, positions, stream, step))
 
 
 def uniform(

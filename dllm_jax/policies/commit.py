@@ -7,6 +7,7 @@ say so with `progress=False`).
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
 import jax
@@ -18,15 +19,38 @@ T = TypeVar("T")
 
 
 class CommitView(NamedTuple):
-    """What a policy sees of a block of T positions."""
+    """What a policy sees of a block of T positions.
 
-    probs: jax.Array  # float32[B, T, V]: the model's own, or what tokens are drawn from (recipe)
+    Its numbers are of the model's own distribution, or of the one that tokens are drawn from
+    (`Denoise.confidence`).
+    """
+
     tokens: jax.Array  # int32[B, T]: the token that would be written
-    confidence: jax.Array  # float32[B, T]: its probability among `probs`
+    confidence: jax.Array  # float32[B, T]: its probability
+    entropy: jax.Array  # float32[B, T]: nats
+    margin: jax.Array  # float32[B, T]: between the two most probable tokens
     masked: jax.Array  # bool[B, T]: positions that may be written
     step: jax.Array  # int32[B]: steps that the block has had before this one
     opened: jax.Array  # int32[B]: positions that were to be written when the block was opened
     uniform: jax.Array | None = None  # float32[B, T] in [0, 1), new at each step; None: no key
+    everything: Callable[[], jax.Array] | None = None  # gives `probs`
+
+    @classmethod
+    def of(cls, probs, tokens, masked, step, opened, uniform=None) -> "CommitView":
+        """The view of blocks whose probabilities float32[B, T, V] are given."""
+        confidence = jnp.take_along_axis(probs, tokens[..., None], axis=-1)[..., 0]
+        first, second = jnp.moveaxis(jax.lax.top_k(probs, 2)[0], -1, 0)
+        return cls(
+            tokens, confidence, entropy(probs), first - second, masked, step, opened, uniform,
+            lambda: probs,
+        )  # fmt: skip
+
+    @property
+    def probs(self) -> jax.Array:
+        """float32[B, T, V]: all probabilities. They are formed for whoever asks; few need to."""
+        if self.everything is None:
+            raise ValueError("this view has no probabilities of all tokens")
+        return self.everything()
 
     def rank(self, by: str) -> jax.Array:
         """float32[B, T]: larger is written earlier; -inf outside `masked`.
@@ -38,10 +62,9 @@ class CommitView(NamedTuple):
         if by == "confidence":
             score = self.confidence
         elif by == "margin":
-            best = jax.lax.top_k(self.probs, 2)[0]
-            score = best[..., 0] - best[..., 1]
+            score = self.margin
         elif by == "entropy":
-            score = -entropy(self.probs)
+            score = -self.entropy
         elif by == "position":
             score = -jnp.broadcast_to(jnp.arange(self.masked.shape[1], dtype=jnp.float32),
                                       self.masked.shape)  # fmt: skip
@@ -153,11 +176,15 @@ class Distrust:
         ids = jnp.asarray(self.tokens, jnp.int32)
         probs = view.probs.at[..., ids].set(0.0)
         share = probs.sum(axis=-1)
+        probs = probs / share[..., None]
+        first, second = jnp.moveaxis(jax.lax.top_k(probs, 2)[0], -1, 0)
         trusted = (view.tokens[..., None] != ids).all(axis=-1)
         return self.policy.commit(
             view._replace(
-                probs=probs / share[..., None],
                 confidence=jnp.where(trusted, view.confidence / share, 0.0),
+                entropy=entropy(probs),
+                margin=first - second,
+                everything=lambda: probs,
             )
         )
 

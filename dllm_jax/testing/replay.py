@@ -22,7 +22,8 @@ from dllm_jax.decode.generate import run
 from dllm_jax.decode.prompt import checked, edge
 from dllm_jax.decode.state import END_OF_TURN
 from dllm_jax.losses import cross_entropy
-from dllm_jax.nn.transformer import forward, logits_of
+from dllm_jax.nn.head import head_of, logits_of
+from dllm_jax.nn.transformer import forward
 from dllm_jax.policies import AnnealedTemperature, CommitView, EntropyBound
 from dllm_jax.recipes import Denoise, Recipe
 from pallas_kernels import BlockMask
@@ -179,7 +180,7 @@ def _gemma_check(name: str) -> Callable[[Folder], Line]:
             probs = jax.nn.softmax(jnp.asarray(folder.inputs["sampler_logits"]), axis=-1)
             zeros = jnp.zeros(len(probs), jnp.int32)
             everywhere = jnp.ones(probs.shape[:2], bool)
-            view = CommitView(probs, probs.argmax(-1), probs.max(-1), everywhere, zeros, zeros)
+            view = CommitView.of(probs, probs.argmax(-1), everywhere, zeros, zeros)
             picked = EntropyBound(float(name.removeprefix("accept_mask_eb"))).commit(view)
             return {"wrong": not np.array_equal(picked, expected)}
         if name == "temperature_by_remaining_step":
@@ -207,7 +208,8 @@ def _gemma_steps(folder: Folder) -> tuple[jax.Array, jax.Array]:
         return logits_of(model, params, out.hidden)
 
     given = jax.nn.softmax(jnp.asarray(folder.outputs["logits_step1"]), axis=-1)
-    soft = model.apply({"params": params}, given, method="soft_embed")
+    mean = given @ head_of(model, params).vectors
+    soft = model.apply({"params": params}, mean, method="soft_embed")
     return step(), step(carry=soft)
 
 

@@ -13,12 +13,15 @@ def block_attention(
     v: Float[Array, "B Q K H"],
     mask: BlockMask,
     *,
-    cache: Float[Array, "B K S H2"] | None = None,
+    cache: Float[Array, "B K S H2"] | Float[Array, "Ly B K S H2"] | None = None,
+    layer: Int[Array, ""] | None = None,
     cache_end: Int[Array, "B"] | Int[Array, "B Q"] | None = None,
     hole: tuple[Int[Array, "B"], Int[Array, "B"]] | None = None,
     lengths: Int[Array, "B"] | None = None,
     window: int = 0,
     scale: float | None = None,
+    soft_cap: float = 0.0,
+    implementation: str | None = None,
 ) -> Float[Array, "B Q N H"]:
     """Attention of Q entries over a cached prefix and over themselves under `mask`, grouped heads.
 
@@ -27,7 +30,9 @@ def block_attention(
         rotary positions already.
       mask: how the entries see each other (`BlockMask`); entry order is clean first, then noisy
       groups.
-      cache: keys and values of the prefix, packed side by side in the last axis (`H2 = 2 * H`).
+      cache: keys and values of the prefix, packed side by side in the last axis (`H2 = 2 * H`); of
+        all layers where `layer` says which. A loop over layers closes over the cache of all: sliced
+        out beforehand, a layer is a copy.
       cache_end: valid slots of each row, or of each query; slots past it are neither read nor
       trusted.
       hole: slots [first, second) of each row's cache that are not read, because the entries of this
@@ -39,13 +44,30 @@ def block_attention(
         sees, so that all of a group see the same `window - 1` last clean tokens, and the whole
         group.
       scale: of the scores, positive; 1 / sqrt(H) by default.
+      soft_cap: scores x become soft_cap * tanh(x / soft_cap); 0: as they are.
+      implementation: "tpu" (the kernel, for a cache), "xla", or None: the kernel on TPUs, where it
+        takes the call, and XLA elsewhere.
 
     Returns:
       `[B, Q, N, H]` in the dtype of `q`; softmax in float32. A query that sees nothing gets zeros.
 
     Raises:
-      ValueError: the entries do not fit the mask, `cache` comes without `cache_end`, or the window
-        or the scale is out of range.
+      ValueError: the entries do not fit the mask, `cache` comes without `cache_end`, the window or
+        the scale is out of range, or the implementation asked for does not take the call.
+    """
+    return block_attention_lse(
+        q, k, v, mask, cache=cache, layer=layer, cache_end=cache_end, hole=hole, lengths=lengths,
+        window=window, scale=scale, soft_cap=soft_cap, implementation=implementation,
+    )[0]  # fmt: skip
+
+
+def block_attention_lse(
+    q, k, v, mask: BlockMask, *, cache=None, layer=None, cache_end=None, hole=None, lengths=None,
+    window=0, scale=None, soft_cap=0.0, implementation=None,
+) -> tuple[Float[Array, "B Q N H"], Float[Array, "B Q N"]]:  # fmt: skip
+    """`block_attention`, and the natural logarithm of each query's sum of exponentials, float32.
+
+    With it, results over other keys can be merged. A query that sees nothing has -inf.
     """
     entries = q.shape[1]
     noisy = entries - mask.clean
@@ -59,8 +81,14 @@ def block_attention(
         raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} kv heads")
     if window < 0 or (scale is not None and scale <= 0):
         raise ValueError(f"window={window} must be 0 (all) or positive, and scale={scale} positive")
+    if implementation not in (None, "xla"):
+        raise ValueError(f"implementation={implementation!r} is none of None, 'xla'")
+    if (layer is None) != (cache is None or cache.ndim == 4):
+        raise ValueError("`layer` says which of a cache of several, [Ly, B, K, S, 2 * H], is meant")
     with jax.named_scope("block_attention"):
+        if cache is not None and layer is not None:
+            cache = jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
         return reference.block_attention(
             q, k, v, mask, cache=cache, cache_end=cache_end, hole=hole, lengths=lengths,
-            window=window, scale=scale,
+            window=window, scale=scale, soft_cap=soft_cap,
         )  # fmt: skip

@@ -15,6 +15,24 @@ from pallas_kernels.masks import BlockMask
 _NEG = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
+class _Scores(NamedTuple):
+    """How products of queries and keys become scores."""
+
+    scale: float
+    soft_cap: float
+
+    def made(self, products: jax.Array) -> jax.Array:
+        """What `times` makes scores."""
+        if not self.soft_cap:
+            return products
+        return self.soft_cap * jnp.tanh(self.scale / self.soft_cap * products)
+
+    @property
+    def times(self) -> float:
+        """Applied once the maximum is off, at no cost: it is part of the exponential."""
+        return 1.0 if self.soft_cap else self.scale
+
+
 class _Read(NamedTuple):
     """Keys and values that a range of queries reads."""
 
@@ -24,13 +42,17 @@ class _Read(NamedTuple):
 
 
 def block_attention(q, k, v, mask: BlockMask, *, cache=None, cache_end=None, hole=None,
-                    lengths=None, window=0, scale=None):  # fmt: skip
-    """See `pallas_kernels.block_attention`."""
+                    lengths=None, window=0, scale=None, soft_cap=0.0):  # fmt: skip
+    """See `pallas_kernels.block_attention`; the output, and the logarithm of each query's sum.
+
+    Args:
+      cache: of the layer, [B, K, S, 2 * H].
+    """
     batch, entries, heads, size = q.shape
     kv_heads, clean = k.shape[2], mask.clean
     q = jnp.moveaxis(q.reshape(batch, entries, kv_heads, heads // kv_heads, size), 1, 3)
     k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)  # [B, K, Q, H], as the cache has them
-    scale = size**-0.5 if scale is None else scale
+    shape = _Scores(size**-0.5 if scale is None else scale, soft_cap)
 
     def reads(lo: int, hi: int) -> list[_Read]:
         index = jnp.arange(lo, hi)
@@ -45,6 +67,7 @@ def block_attention(q, k, v, mask: BlockMask, *, cache=None, cache_end=None, hol
                 cached, slots = _recent(cache, cache_end, window)
             else:
                 cached, slots = cache, jnp.arange(cache.shape[2])[None]
+            cached = cached.astype(q.dtype)
             slots = slots[:, None]  # [1 or B, 1, S]
             visible = slots < stop[..., None]
             if hole is not None:
@@ -65,12 +88,15 @@ def block_attention(q, k, v, mask: BlockMask, *, cache=None, cache_end=None, hol
 
     parts = []
     if clean:
-        parts.append(_attend(q[:, :, :, :clean], scale, reads(0, clean)))
+        parts.append(_attend(q[:, :, :, :clean], shape, reads(0, clean)))
     if entries > clean:
         own = (k[:, :, clean:], v[:, :, clean:], mask.block)
-        parts.append(_attend(q[:, :, :, clean:], scale, reads(clean, entries), own))
-    out = jnp.moveaxis(jnp.concatenate(parts, axis=3), 3, 1)
-    return out.reshape(batch, entries, heads, size).astype(q.dtype)
+        parts.append(_attend(q[:, :, :, clean:], shape, reads(clean, entries), own))
+    out, lse = (
+        jnp.moveaxis(jnp.concatenate(part, axis=3), 3, 1) for part in zip(*parts, strict=True)
+    )
+    out = out.reshape(batch, entries, heads, size).astype(q.dtype)
+    return out, lse.reshape(batch, entries, heads)
 
 
 def _recent(cache, cache_end, window: int) -> tuple[jax.Array, jax.Array]:
@@ -85,28 +111,29 @@ def _recent(cache, cache_end, window: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _attend(
-    q, scale: float, reads: list[_Read], own: tuple[jax.Array, jax.Array, int] | None = None
-):
-    """One softmax over several sets of keys, float32[B, K, G, Q, H] as `q` is.
+    q, shape: _Scores, reads: list[_Read], own: tuple[jax.Array, jax.Array, int] | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """One softmax over several sets of keys, float32[B, K, G, Q, H] as `q` is; and its log-sum.
 
     `own` = (keys, values, block): each group of `block` queries also reads itself.
     """
     scores = [
-        jnp.where(r.visible[:, None, None], _folded("bkqh,bksh->bkqs", q, r.keys), _NEG)
+        jnp.where(r.visible[:, None, None], shape.made(_folded("bkqh,bksh->bkqs", q, r.keys)), _NEG)
         for r in reads
     ]
     if own is not None:
-        scores.append(_own_scores(q, own[0], own[2]))
+        scores.append(shape.made(_own_scores(q, own[0], own[2])))
     top = jnp.max(jnp.stack([s.max(axis=-1) for s in scores]), axis=0)[..., None]
     top = jax.lax.stop_gradient(top)
-    weights = [jnp.where(s > _NEG, jnp.exp(scale * (s - top)), 0.0) for s in scores]
+    weights = [jnp.where(s > _NEG, jnp.exp(shape.times * (s - top)), 0.0) for s in scores]
     total = sum(w.sum(axis=-1, keepdims=True) for w in weights)
     out = jnp.zeros(q.shape, jnp.float32)
     for r, w in zip(reads, weights, strict=False):
         out += _folded("bkqs,bksh->bkqh", w.astype(r.values.dtype), r.values)
     if own is not None:
         out += _own_values(weights[-1], own[1], own[2])
-    return out / jnp.where(total > 0, total, 1.0)
+    lse = jnp.where(total > 0, shape.times * top + jnp.log(jnp.maximum(total, 1e-37)), -jnp.inf)
+    return out / jnp.where(total > 0, total, 1.0), lse[..., 0]
 
 
 def _folded(contract: str, x, y) -> jax.Array:

@@ -4,14 +4,26 @@ softmax(h W) E is attention whose keys are the vocabulary's vectors W. One pass 
 gives every number that a decoder asks for; scores of shape [rows, vocabulary] never exist.
 """
 
+import functools
+import logging
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt
 
-from pallas_kernels.token_stats import xla
-from pallas_kernels.token_stats.partial import Partial, merge
+from pallas_kernels.token_stats import tpu, xla
+from pallas_kernels.token_stats.partial import Mass, Partial, merge
+
+
+class Drawn(NamedTuple):
+    """A sample of each of R positions, and what it was drawn from."""
+
+    ids: jax.Array  # int32[R]
+    scores: jax.Array  # float32[R]: theirs, before the temperature
+    log_z: jax.Array  # float32[R]: as in `TokenStats`, of scores over the temperature
+    entropy: jax.Array  # float32[R]: nats
 
 
 class TokenStats(NamedTuple):
@@ -21,10 +33,7 @@ class TokenStats(NamedTuple):
     entropy: jax.Array  # float32[R]: nats
     ids: jax.Array  # int32[R, k]: the most probable tokens, in order; of equals the lowest id first
     scores: jax.Array  # float32[R, k]: theirs; less `log_z`, log-probabilities
-    sample: jax.Array | None = None  # int32[R]: drawn at the temperature
-    sample_score: jax.Array | None = None  # float32[R]: its score, before the temperature
-    hot_log_z: jax.Array | None = None  # float32[R]: as `log_z`, of scores over the temperature
-    hot_entropy: jax.Array | None = None  # float32[R]: of the distribution that is drawn from
+    drawn: Drawn | None = None  # where there are keys
     soft: jax.Array | None = None  # float32[R, D]: mean of the tokens' vectors
 
 
@@ -42,6 +51,7 @@ def token_stats(
     soft: bool = False,
     tile: int | None = None,
     axis_name: str | None = None,
+    implementation: str | None = None,
 ) -> TokenStats:
     """Statistics of softmax(scores) at each row, streamed over the vocabulary.
 
@@ -62,9 +72,12 @@ def token_stats(
       tile: tokens of a piece; by default the device decides. Changes rounding only.
       axis_name: inside `shard_map`, the mesh axis over which the vocabulary (and bias) is split;
         ids are those of the whole.
+      implementation: "tpu" (the kernel), "xla", or None: the kernel on TPUs, where it takes the
+        arguments, and XLA elsewhere.
 
     Raises:
-      ValueError: `top` is out of range, or `keys` and `temperature` do not come together.
+      ValueError: `top` is out of range, `keys` and `temperature` do not come together, or the
+        implementation that is asked for does not take the arguments.
     """
     if not 1 <= top <= 64:
         raise ValueError(f"top={top} must be from 1 to 64")
@@ -76,7 +89,7 @@ def token_stats(
     column = lambda x: None if x is None else jnp.broadcast_to(x, (rows,))[:, None]  # noqa: E731
     first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * len(vocabulary)
     with jax.named_scope("token_stats"):
-        found = xla.stats(
+        found = _on(implementation, hidden, vocabulary)(
             hidden, vocabulary, first=first, bias=bias, scale=column(scale), soft_cap=soft_cap,
             forbidden=forbidden, top=top, keys=keys, temperature=column(temperature), soft=soft,
             tile=tile,
@@ -84,6 +97,40 @@ def token_stats(
         if axis_name is not None:
             found = _gathered(found, axis_name)
         return _finished(found)
+
+
+def _on(implementation: str | None, hidden, vocabulary) -> Callable[..., Partial]:
+    """The function that was asked for, or the one of the device that is compiled for."""
+    if implementation not in (None, "xla", "tpu"):
+        raise ValueError(f"implementation={implementation!r} is none of None, 'xla', 'tpu'")
+    reason = tpu.takes(hidden, vocabulary)
+    if implementation == "tpu":
+        if reason:
+            raise ValueError(f"the TPU kernel does not take this: {reason}")
+        return tpu.stats
+    if implementation == "xla":
+        return xla.stats
+    if reason:
+        _log_once(f"token_stats runs in XLA, not in the TPU kernel: {reason}")
+        return xla.stats
+    return _by_platform
+
+
+def _by_platform(hidden, vocabulary, **options) -> Partial:
+    static = {name: options.pop(name) for name in xla.STATIC if name in options}
+    return jax.lax.platform_dependent(
+        hidden, vocabulary, options,
+        tpu=lambda hidden, vocabulary, options: tpu.stats(hidden, vocabulary, **options, **static),
+        default=lambda hidden, vocabulary, options: xla.stats(
+            hidden, vocabulary, **options, **static
+        ),
+    )  # fmt: skip
+
+
+@functools.cache
+def _log_once(line: str) -> None:
+    if jax.default_backend() == "tpu":
+        logging.getLogger(__name__).warning(line)
 
 
 def _gathered(found: Partial, axis_name: str) -> Partial:
@@ -96,18 +143,19 @@ def _gathered(found: Partial, axis_name: str) -> Partial:
 
 
 def _finished(found: Partial) -> TokenStats:
-    mass, hot, race = found.mass, found.hot, found.race
-    return TokenStats(
-        log_z=mass.top + jnp.log(mass.total),
-        entropy=jnp.log(mass.total) - mass.spread / mass.total,
-        ids=found.ids,
-        scores=found.scores,
-        sample=None if race is None else race.id,
-        sample_score=None if race is None else race.score,
-        hot_log_z=None if hot is None else hot.top + jnp.log(hot.total),
-        hot_entropy=None if hot is None else jnp.log(hot.total) - hot.spread / hot.total,
-        soft=None if found.soft is None else found.soft / mass.total[:, None],
-    )  # fmt: skip
+    log_z, entropy = _summed(found.mass)
+    drawn = soft = None
+    if found.race is not None and found.hot is not None:
+        drawn = Drawn(found.race.id, found.race.score, *_summed(found.hot))
+    if found.soft is not None:
+        soft = found.soft / found.mass.total[:, None]
+    return TokenStats(log_z, entropy, found.ids, found.scores, drawn, soft)
+
+
+def _summed(mass: Mass) -> tuple[jax.Array, jax.Array]:
+    """Log Z, and the entropy."""
+    log_total = jnp.log(mass.total)
+    return mass.top + log_total, log_total - mass.spread / mass.total
 
 
 def scores_at(

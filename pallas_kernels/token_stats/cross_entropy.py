@@ -6,6 +6,7 @@ of it is made again in the backward pass from log Z, which is all that the forwa
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,13 @@ from pallas_kernels.token_stats.reference import scores_of, without
 _SCORES = 1 << 23  # elements of a tile of scores, 32 MiB
 
 
+class CrossEntropy(NamedTuple):
+    """What the model makes of each target."""
+
+    nats: jax.Array  # float32[R]
+    best: jax.Array  # int32[R]: the most probable token, which has no gradient
+
+
 def cross_entropy(
     hidden: Float[Array, "R D"],
     vocabulary: Float[Array, "V D"],
@@ -27,8 +35,8 @@ def cross_entropy(
     soft_cap: float = 0.0,
     forbidden: tuple[int, ...] = (),
     tile: int | None = None,
-) -> Float[Array, "R"]:
-    """Nats of each target, -log softmax(scores)[target], float32; differentiable.
+) -> CrossEntropy:
+    """Nats of each target, -log softmax(scores)[target]; differentiable.
 
     Scores are those of `token_stats`. Gradients go to `hidden`, `vocabulary` and `bias`, in their
     dtypes; those of the vocabulary are summed over the rows in float32.
@@ -40,25 +48,27 @@ def cross_entropy(
     if tile is not None and tile < 1:
         raise ValueError(f"tile={tile} must be positive")
     with jax.named_scope("cross_entropy"):
-        return _nats(soft_cap, tuple(forbidden), tile, hidden, vocabulary, bias, targets)
+        return _scored(soft_cap, tuple(forbidden), tile, hidden, vocabulary, bias, targets)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _nats(soft_cap, forbidden, tile, hidden, vocabulary, bias, targets):
+def _scored(soft_cap, forbidden, tile, hidden, vocabulary, bias, targets):
     return _forward(soft_cap, forbidden, tile, hidden, vocabulary, bias, targets)[0]
 
 
 def _forward(soft_cap, forbidden, tile, hidden, vocabulary, bias, targets):
     found = xla.stats(
-        hidden, vocabulary, bias=bias, soft_cap=soft_cap, forbidden=forbidden, top=0, tile=tile
+        hidden, vocabulary, bias=bias, soft_cap=soft_cap, forbidden=forbidden, top=1, tile=tile
     )
     log_z = found.mass.top + jnp.log(found.mass.total)
     own = scores_at(hidden, vocabulary, targets[:, None], bias=bias, soft_cap=soft_cap)[:, 0]
-    return log_z - own, (hidden, vocabulary, bias, targets, log_z)
+    found = CrossEntropy(log_z - own, found.ids[:, 0])
+    return found, (hidden, vocabulary, bias, targets, log_z)
 
 
 def _backward(soft_cap, forbidden, tile, saved, grad):
     hidden, vocabulary, bias, targets, log_z = saved
+    grad = grad.nats
     count = len(vocabulary)
     tile = min(tile or max(_SCORES // len(hidden) // 128 * 128, 128), count)
 
@@ -93,7 +103,7 @@ def _backward(soft_cap, forbidden, tile, saved, grad):
     return d_hidden.astype(hidden.dtype), d_vocabulary, d_bias, None
 
 
-_nats.defvjp(_forward, _backward)
+_scored.defvjp(_forward, _backward)
 
 
 def _added(into: jax.Array, own: jax.Array, start: jax.Array) -> jax.Array:

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from pallas_kernels.token_stats.partial import Partial, merge
 from pallas_kernels.token_stats.reference import partial_stats
 
+STATIC = ("soft_cap", "forbidden", "top", "soft", "tile")  # options that are part of the program
+
 _ROWS = 64  # of a piece on CPUs: enough for products at full speed
 _SCORES = 1 << 23  # elements of a piece elsewhere, 32 MiB
 
@@ -27,23 +29,14 @@ def stats(hidden, vocabulary, *, tile: int | None = None, keys=None, **options) 
     if tile is not None:
         return _over_tokens(hidden, vocabulary, min(tile, size), keys=keys, **options)
     tile = min(max(_SCORES // len(hidden) // 512 * 512, 512), size)
-
-    def tokens(hidden, vocabulary, keys, options):
-        return _over_tokens(hidden, vocabulary, tile, keys=keys, **options)
-
-    def rows(hidden, vocabulary, keys, options):
-        return _over_rows(hidden, vocabulary, keys=keys, **options)
-
-    static = {name: options.pop(name) for name in _STATIC if name in options}
-    arguments = (hidden, vocabulary, keys, options)
+    static = {name: options.pop(name) for name in STATIC if name in options}
     return jax.lax.platform_dependent(
-        *arguments,
-        cpu=lambda h, v, k, o: rows(h, v, k, {**o, **static}),
-        default=lambda h, v, k, o: tokens(h, v, k, {**o, **static}),
-    )
-
-
-_STATIC = ("soft_cap", "forbidden", "top", "soft")
+        hidden, vocabulary, {"keys": keys, **options},
+        cpu=lambda hidden, vocabulary, own: _over_rows(hidden, vocabulary, **own, **static),
+        default=lambda hidden, vocabulary, own: _over_tokens(
+            hidden, vocabulary, tile, **own, **static
+        ),
+    )  # fmt: skip
 
 
 def _over_rows(hidden, vocabulary, *, keys=None, scale=None, temperature=None, **options):

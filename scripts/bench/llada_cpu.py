@@ -278,7 +278,7 @@ def _random_model():
     attention = params["layers"]["attention"]
     attention["q"] *= 4.0  # few keys are attended to, not all alike
     params["head"] *= 10.0 / 0.02 / config.dim**0.5
-    params["head"] = params["head"].at[:, config.mask_id].set(0.0)  # no one writes the mask token
+    params["head"] = params["head"].at[config.mask_id].set(0.0)  # no one writes the mask token
     return model, params
 
 

@@ -23,7 +23,8 @@ import numpy as np
 import tyro
 
 import dllm_jax as dj
-from dllm_jax.nn.transformer import forward, logits_of
+from dllm_jax.nn.head import logits_of
+from dllm_jax.nn.transformer import forward
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
 

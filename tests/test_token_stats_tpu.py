@@ -1,0 +1,128 @@
+"""The TPU kernel of token statistics: interpreted against the definition, compiled for chips."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dllm_jax.testing.aot import CHIPS, compile_for, temporary_bytes
+from pallas_kernels.token_stats import reference, tpu
+
+# rows, vocabulary, hidden size of one pass: a block (or 16 rows of it) of a published model
+SHAPES = {
+    "llada-8b": (32, 126_464, 4096),
+    "fast-dllm-v2-7b": (32, 151_936, 3584),
+    "llada2-mini": (512, 157_184, 2048),
+    "diffusion-gemma": (256, 262_144, 2816),
+    "smollm2": (4, 49_152, 576),
+}
+
+
+def drawn(seed, rows, vocab, dim, dtype):
+    keys = jax.random.split(jax.random.key(seed), 5)
+    hidden = 2 * jax.random.normal(keys[0], (rows, dim))
+    vocabulary = jax.random.normal(keys[1], (vocab, dim)) / dim**0.5
+    own = {
+        "bias": jax.random.normal(keys[2], (vocab,)),
+        "scale": jax.random.uniform(keys[3], (rows, 1)) + 0.5,
+        "keys": jax.random.key_data(jax.random.split(keys[4], rows)),
+        "temperature": jnp.full((rows, 1), 0.7),
+    }
+    return hidden.astype(dtype), vocabulary.astype(dtype), own
+
+
+@settings(max_examples=12)
+@given(
+    seed=st.integers(0, 99),
+    rows=st.sampled_from([1, 13, 300]),
+    vocab=st.sampled_from([128, 300, 517]),
+    dim=st.sampled_from([64, 128, 200]),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+    top=st.sampled_from([1, 2, 9, 64]),
+    soft_cap=st.sampled_from([0.0, 3.0]),
+    forbidden=st.sampled_from([(), (9, 300)]),
+    asked=st.sets(st.sampled_from(["bias", "scale", "keys"])),
+    soft=st.booleans(),
+)
+def test_interpreted_is_the_definition(
+    seed, rows, vocab, dim, dtype, top, soft_cap, forbidden, asked, soft
+):
+    hidden, vocabulary, own = drawn(seed, rows, vocab, dim, dtype)
+    asked = asked | ({"temperature"} if "keys" in asked else set())
+    options = {
+        **{name: own[name] for name in asked},
+        "soft_cap": soft_cap, "forbidden": forbidden, "top": top, "soft": soft, "first": 7,
+    }  # fmt: skip
+    want = jax.jit(lambda h, v: reference.partial_stats(h, v, **options))(hidden, vocabulary)
+    got = jax.jit(lambda h, v: tpu.stats(h, v, **options, tile=128, interpret=True))(
+        hidden, vocabulary
+    )
+    exact = dtype == "float32"
+    close = partial(
+        np.testing.assert_allclose, rtol=1e-5 if exact else 2e-2, atol=2e-5 if exact else 2e-2
+    )
+    jax.tree.map(close, got.mass, want.mass)
+    close(got.scores, want.scores)
+    jax.tree.map(close, (got.hot, got.soft), (want.hot, want.soft))
+    if exact:
+        np.testing.assert_array_equal(got.ids, want.ids)
+        if want.race is not None:
+            np.testing.assert_array_equal(got.race.id, want.race.id)
+            close(got.race.score, want.race.score)
+
+
+def test_what_lies_behind_the_vocabulary_is_not_felt():
+    """The last tile is partly outside, where a device may find anything."""
+    hidden, vocabulary, _ = drawn(0, 5, 300, 128, "float32")
+    from jax.experimental.pallas import tpu as pltpu
+
+    poisoned = pltpu.InterpretParams(uninitialized_memory="nan")
+    got = tpu.stats(hidden, vocabulary, top=2, soft=True, tile=256, interpret=poisoned)
+    want = reference.partial_stats(hidden, vocabulary, top=2, soft=True)
+    np.testing.assert_allclose(got.mass.total, want.mass.total, rtol=1e-5)
+    np.testing.assert_allclose(got.soft, want.soft, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(got.ids, want.ids)
+
+
+def test_what_the_kernel_does_not_take():
+    shape = jax.ShapeDtypeStruct
+    assert tpu.takes(shape((4, 64), "float32"), np.empty((500, 64))) is None
+    assert "float16" in tpu.takes(shape((4, 64), "float16"), np.empty((500, 64)))
+    assert "less than a tile" in tpu.takes(shape((4, 64), "float32"), np.empty((100, 64)))
+
+
+def _asked(name, hidden, vocabulary, keys, temperature):
+    """What decoding asks; DiffusionGemma's mean vector and soft cap too."""
+    gemma = name == "diffusion-gemma"
+    return tpu.stats(
+        hidden, vocabulary, top=2, keys=keys, temperature=temperature, soft=gemma,
+        soft_cap=30.0 if gemma else 0.0, forbidden=() if gemma else (len(vocabulary) - 1,),
+    )  # fmt: skip
+
+
+def _arguments(rows, vocab, dim):
+    shapes = ((rows, dim), "bfloat16"), ((vocab, dim), "bfloat16"), ((rows, 2), "uint32")
+    return [jax.ShapeDtypeStruct(*one) for one in (*shapes, ((rows, 1), "float32"))]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_lowers_for_a_tpu(name):
+    """Shapes and layouts that Mosaic takes, without its compiler."""
+    traced = jax.jit(partial(_asked, name)).trace(*_arguments(*SHAPES[name]))
+    lowered = traced.lower(lowering_platforms=("tpu",))
+    assert "tpu_custom_call" in lowered.as_text()
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_compiles_for_a_chip(name, chip):
+    rows, vocab, dim = SHAPES[name]
+    compiled = compile_for(chip, partial(_asked, name), *_arguments(rows, vocab, dim))
+    assert temporary_bytes(compiled) < rows * vocab * 4 / 20, "scores are formed"
+    text = compiled.as_text()
+    assert not [line for line in text.splitlines() if " copy(" in line and f"{vocab}," in line]
