@@ -1,0 +1,265 @@
+"""The TPU kernel of block attention, interpreted on the CPU, against its definition.
+
+What nobody may read, slots behind a row's end and in its hole, holds NaN.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from pallas_kernels import BlockMask
+from pallas_kernels.block_attention import reference, tpu, worklist
+from pallas_kernels.block_attention.tuned import tiling
+
+CLOSE = {"float32": 1e-5, "bfloat16": 2e-2}
+MASKS = {
+    "bidirectional": (BlockMask.bidirectional(4), 4),
+    "causal": (BlockMask.causal(3), 3),
+    "block_causal": (BlockMask.block_causal(8, 4), 8),
+    "dual_stream": (BlockMask.dual_stream(4, 4, stride=0, offset=4), 8),
+    "drafts": (BlockMask.dual_stream(2, 2, stride=1, offset=1), 6),
+    "block_diagonal": (BlockMask.block_diagonal(3), 6),
+}
+
+
+def case(mask, entries, ends, *, slots, heads=2, kv_heads=1, size=64, holes=None, lengths=None,
+         dtype="float32", seed=0, layers=2):  # fmt: skip
+    """Random arguments of a call, and the number of the layer that is not all NaN."""
+    rng = np.random.default_rng(seed)
+    batch = len(ends)
+
+    def draw(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    q, k, v = (draw(batch, entries, n, size) for n in (heads, kv_heads, kv_heads))
+    kv = np.full((layers, batch, kv_heads, slots, 2 * size), np.nan, np.float32)
+    kv[-1] = draw(*kv.shape[1:])
+    for row, end in enumerate(ends):
+        kv[-1, row, :, end:] = np.nan
+        if holes is not None:
+            kv[-1, row, :, slice(*holes[row])] = np.nan
+    more = {"cache_end": jnp.asarray(ends, jnp.int32)}
+    if holes is not None:
+        more["hole"] = tuple(jnp.asarray(holes, jnp.int32).T)
+    if lengths is not None:
+        more["lengths"] = jnp.asarray(lengths, jnp.int32)
+    return [jnp.asarray(x, dtype) for x in (q, k, v)], jnp.asarray(kv, dtype), more
+
+
+@partial(jax.jit, static_argnames=("mask", "window", "scale", "tile", "soft_cap", "interpret"))
+def attend(q, k, v, kv, more, *, mask, window=0, scale=None, tile=16, soft_cap=0.0, interpret=True):
+    return tpu.block_attention(
+        q, k, v, mask, cache=kv, layer=len(kv) - 1, window=window, scale=scale, soft_cap=soft_cap,
+        tile=tile, interpret=interpret, **more,
+    )  # fmt: skip
+
+
+@partial(jax.jit, static_argnames=("mask", "window", "scale"))
+def define(q, k, v, kv, more, *, mask, window=0, scale=None):
+    return reference.block_attention(
+        q, k, v, mask, cache=kv[-1], window=window, scale=scale, **more
+    )
+
+
+def check(mask, arrays, kv, more, *, window=0, scale=None, **options):
+    out, lse = attend(*arrays, kv, more, mask=mask, window=window, scale=scale, **options)
+    expected = define(*arrays, kv, more, mask=mask, window=window, scale=scale)
+    assert out.dtype == arrays[0].dtype
+    assert lse.dtype == jnp.float32
+    close = CLOSE[out.dtype.name]
+    np.testing.assert_allclose(
+        np.asarray(out, np.float32), np.asarray(expected, np.float32), atol=close, rtol=close
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "window", "hole", "dtype"),
+    [
+        ("bidirectional", 0, True, "float32"),  # a block, and its surroundings in the cache
+        ("block_causal", 0, False, "bfloat16"),  # finished and open blocks
+        ("dual_stream", 9, True, "bfloat16"),
+        ("block_diagonal", 20, False, "float32"),
+        ("bidirectional", 5, False, "float32"),
+        ("block_causal", 1, True, "float32"),
+        ("causal", 9, True, "float32"),
+        ("causal", 0, False, "bfloat16"),
+        ("dual_stream", 0, False, "float32"),
+        ("drafts", 0, True, "float32"),
+        ("drafts", 5, False, "bfloat16"),
+        ("block_diagonal", 0, True, "bfloat16"),
+    ],
+)
+def test_it_is_its_definition(name, window, hole, dtype):
+    mask, entries = MASKS[name]
+    slots = 56
+
+    @settings(max_examples=10)
+    @given(seed=st.integers(0, 999))
+    def law(seed):
+        rng = np.random.default_rng(seed)
+        ends = rng.permutation([0, slots, *rng.integers(0, slots + 1, 2)])
+        holes = np.sort(rng.integers(0, slots + 1, (4, 2)), axis=1) if hole else None
+        lengths = rng.integers(0, mask.clean + 1, 4)
+        check(mask, *case(
+            mask, entries, ends, slots=slots, holes=holes, lengths=lengths, dtype=dtype, seed=seed
+        ), window=window)  # fmt: skip
+
+    law()
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "dtype"),
+    [(6, 2, 64, "bfloat16"), (2, 2, 128, "float32"), (3, 1, 256, "bfloat16")],
+)
+def test_heads(heads, kv_heads, size, dtype):
+    mask = BlockMask.bidirectional(3)
+    arrays, kv, more = case(
+        mask, 3, [21, 0], slots=24, heads=heads, kv_heads=kv_heads, size=size, dtype=dtype
+    )
+    check(mask, arrays, kv, more, scale=0.3, tile=None)
+
+
+def test_parts_of_a_tile_and_stretches_of_queries():
+    """A tile of two parts, a part of which is behind the end; and more queries than fit at once."""
+    mask = BlockMask.bidirectional(100)
+    arrays, kv, more = case(mask, 100, [1024, 700], slots=1024, heads=3, layers=1)
+    sizes = tiling(300, 64, "float32", 1024, 1024)
+    assert sizes.tile > sizes.part
+    assert sizes.rows < 300
+    check(mask, arrays, kv, more, tile=1024)
+
+
+def test_nothing_is_read_that_is_not_seen():
+    """The interpreter that moves every tile by its own copy, with memory that begins as NaN."""
+    mask = BlockMask.block_causal(4, 2)
+    arrays, kv, more = case(mask, 4, [0, 30, 48], slots=48, holes=[(0, 0), (3, 29), (16, 32)])
+    params = pltpu.InterpretParams(uninitialized_memory="nan", out_of_bounds_reads="raise")
+    check(mask, arrays, kv, more, window=18, interpret=params)
+
+
+def test_soft_cap_and_logarithm_of_the_sum():
+    """Against a softmax written out, as the definition has neither."""
+    mask, entries, cap = BlockMask.bidirectional(4), 4, 2.0
+    arrays, kv, more = case(mask, entries, [0, 19], slots=32, lengths=[0, 4])
+    out, lse = attend(*arrays, kv, more, mask=mask, soft_cap=cap, scale=0.5)
+    assert (np.asarray(out[0]) == 0).all()  # neither a cache nor valid entries: nothing is seen
+    assert (np.asarray(lse[0]) == -np.inf).all()
+    q, k, v = (np.asarray(x[1], np.float64) for x in arrays)
+    prefix = np.asarray(kv[1, 1, 0, :19], np.float64)
+    keys, values = (
+        np.concatenate(x) for x in ((prefix[:, :64], k[:, 0]), (prefix[:, 64:], v[:, 0]))
+    )
+    scores = cap * np.tanh(np.einsum("qnh,sh->qns", q, keys) * 0.5 / cap)
+    weights = np.exp(scores)
+    total = weights.sum(axis=-1)
+    np.testing.assert_allclose(lse[1], np.log(total), atol=1e-5)
+    expected = np.einsum("qns,sh->qnh", weights, values) / total[..., None]
+    np.testing.assert_allclose(out[1], expected, atol=1e-5)
+
+
+def test_results_merge_by_their_sums():
+    """Attention over a cache is that over its halves, weighed by their sums."""
+    mask = BlockMask.block_diagonal(4)
+    arrays, kv, _ = case(mask, 4, [32, 32], slots=32, layers=1)
+    none = jnp.zeros(2, jnp.int32)
+
+    def over(start, stop):
+        return attend(
+            *arrays, kv, {"cache_end": none + stop, "hole": (none, none + start)}, mask=mask
+        )
+
+    everything, total = over(0, 32)
+    first, low = over(0, 16)
+    second, high = over(16, 32)
+    own, both = over(0, 0)  # is in each half
+    parts = np.stack([first, second, -np.asarray(own)])
+    share = np.exp(np.stack([low, high, both]) - np.asarray(total))[..., None]
+    np.testing.assert_allclose((parts * share).sum(axis=0), everything, atol=1e-5)
+
+
+def test_steps_read_what_is_seen_and_no_more():
+    ends, holes = np.array([0, 5, 40, 64]), np.array([(0, 0), (0, 0), (8, 32), (0, 64)])
+    mask = BlockMask.bidirectional(4)
+
+    def listed(**more):
+        found = worklist.steps(mask, 4, 16, 64, cache_end=jnp.asarray(ends), **more)
+        found = jax.tree.map(np.asarray, found)
+        rows = zip(found.row, found.source, found.tile, found.flags, strict=True)
+        return [tuple(map(int, x)) for x in rows][: int(found.total)]
+
+    first, last, whole, cut = worklist.FIRST, worklist.LAST, worklist.WHOLE, worklist.CUT
+    assert listed() == [
+        (0, 0, 0, first | last), (1, 1, 0, first | last | cut), (2, 2, 0, first | whole),
+        (2, 2, 1, whole), (2, 2, 2, last | cut), (3, 3, 0, first | whole), (3, 3, 1, whole),
+        (3, 3, 2, whole), (3, 3, 3, last | whole),
+    ]  # fmt: skip
+    assert listed(hole=tuple(jnp.asarray(holes.T))) == [
+        (0, 0, 0, first | last), (1, 1, 0, first | last | cut), (2, 2, 0, first | cut),
+        (2, 2, 2, last | cut), (3, 2, 2, first | last),
+    ]  # fmt: skip
+    # Entry 0 at 40 sees slots from 31 on, entry 3 from 34 on; at 64, from 55 and 58 on.
+    assert listed(window=10) == [
+        (0, 0, 0, first | last), (1, 1, 0, first | last | cut), (2, 2, 1, first | cut),
+        (2, 2, 2, last | cut), (3, 3, 3, first | last | cut),
+    ]  # fmt: skip
+
+
+def test_what_it_does_not_take_is_named():
+    def why(entries=4, heads=2, size=64, dtype="float32", cached=None, ends=(2,), **more):
+        shape = jax.ShapeDtypeStruct
+        return tpu.takes(
+            shape((2, entries, heads, size), dtype), shape((2, entries, 1, size), dtype),
+            BlockMask.bidirectional(entries),
+            cache=shape((1, 2, 1, 32, 2 * size), cached or dtype),
+            cache_end=shape(ends, jnp.int32), **more,
+        )  # fmt: skip
+
+    assert why() is None
+    assert why(dtype="bfloat16", size=512, entries=256, heads=8) is None
+    assert "per query" in why(ends=(2, 4))
+    assert "257 entries" in why(entries=257)
+    assert "not float16" in why(dtype="float16")
+    assert "int8" in why(cached="int8")
+    assert "head size 80" in why(size=80)
+    assert "tile=12" in why(tile=12)
+    assert "bytes of vector memory" in why(entries=256, heads=128, size=512)
+    arrays, kv, more = case(BlockMask.bidirectional(4), 4, [3], slots=8, size=80)
+    with pytest.raises(ValueError, match="cannot run this: keys and values of head size 80"):
+        tpu.block_attention(*arrays, BlockMask.bidirectional(4), cache=kv, layer=0, **more)
+
+
+@pytest.mark.parametrize(
+    ("entries", "heads", "kv_heads", "size", "slots"),
+    [
+        (32, 32, 32, 128, 4096),
+        (32, 28, 4, 128, 32768),
+        (256, 16, 8, 256, 8192),
+        (4, 9, 3, 64, 2048),
+    ],
+)
+def test_it_lowers_for_a_tpu(entries, heads, kv_heads, size, slots):
+    """Block shapes and operations that the TPU compiler takes; the compiler itself is not asked."""
+    shape = jax.ShapeDtypeStruct
+    arrays = [shape((4, entries, n, size), jnp.bfloat16) for n in (heads, kv_heads, kv_heads)]
+    cache = shape((2, 4, kv_heads, slots, 2 * size), jnp.bfloat16)
+    number, row = shape((), jnp.int32), shape((4,), jnp.int32)
+
+    def kernel(q, k, v, cache, layer, end, first, length):
+        return tpu.block_attention(
+            q, k, v, BlockMask.bidirectional(entries), cache=cache, layer=layer, cache_end=end,
+            hole=(first, first + entries), lengths=length, window=1024,
+        )  # fmt: skip
+
+    device = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+    mesh = AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(kernel).trace(*arrays, cache, number, row, row, row)
+        lowered = traced.lower(lowering_platforms=("tpu",))
+    assert "tpu_custom_call" in lowered.as_text()
