@@ -38,7 +38,7 @@ test: setup  ## the quick tests
 	@$(BIN)/python -m pytest -q -n $(JOBS)
 
 slow: setup  ## every test, the slow ones too
-	@$(BIN)/python -m pytest -q -n $(JOBS) -m ""
+	@$(BIN)/python -m pytest -q -n $(JOBS) -m "not aot"
 
 # A virtual environment of its own: where the TPU compiler is, JAX looks for a TPU.
 AOT := .venv-aot

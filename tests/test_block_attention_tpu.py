@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from pallas_kernels import BlockMask
+from pallas_kernels import BlockMask, block_attention
 from pallas_kernels.block_attention import reference, tpu, worklist
 from pallas_kernels.block_attention.tuned import tiling
 
@@ -70,13 +70,14 @@ def define(q, k, v, kv, more, *, mask, window=0, scale=None):
 
 def check(mask, arrays, kv, more, *, window=0, scale=None, **options):
     out, lse = attend(*arrays, kv, more, mask=mask, window=window, scale=scale, **options)
-    expected = define(*arrays, kv, more, mask=mask, window=window, scale=scale)
+    expected, log_sum = define(*arrays, kv, more, mask=mask, window=window, scale=scale)
     assert out.dtype == arrays[0].dtype
     assert lse.dtype == jnp.float32
     close = CLOSE[out.dtype.name]
     np.testing.assert_allclose(
         np.asarray(out, np.float32), np.asarray(expected, np.float32), atol=close, rtol=close
     )
+    np.testing.assert_allclose(lse, log_sum, atol=close, rtol=close)
 
 
 @pytest.mark.parametrize(
@@ -263,3 +264,34 @@ def test_it_lowers_for_a_tpu(entries, heads, kv_heads, size, slots):
         traced = jax.jit(kernel).trace(*arrays, cache, number, row, row, row)
         lowered = traced.lower(lowering_platforms=("tpu",))
     assert "tpu_custom_call" in lowered.as_text()
+
+
+def test_the_gradient_is_that_of_the_definition(monkeypatch):
+    """Through the public function, as on a TPU but interpreted."""
+    monkeypatch.setattr(tpu, "block_attention", partial(tpu.block_attention, interpret=True))
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v = (jax.random.normal(key, (2, 4, 2, 64)) for key in keys[:3])
+    kv = jax.random.normal(keys[3], (3, 2, 2, 16, 128))
+
+    def loss(q, k, v, kv, implementation):
+        out = block_attention(
+            q, k, v, BlockMask.causal(4), cache=kv, layer=jnp.int32(1),
+            cache_end=jnp.array([16, 7]), implementation=implementation,
+        )  # fmt: skip
+        return (out**2).sum()
+
+    run = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)), static_argnums=4)
+    got, want = (run(q, k, v, kv, how) for how in ("tpu", "xla"))
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5), got, want)
+
+
+def test_what_the_kernel_does_not_take_is_said():
+    q = jnp.zeros((1, 4, 2, 40))
+    cache = jnp.zeros((1, 2, 16, 80))
+    ask = partial(
+        block_attention, q, q, q, BlockMask.causal(4), cache=cache, cache_end=jnp.array([3])
+    )
+    with pytest.raises(ValueError, match="does not take this: keys and values of head size 40"):
+        ask(implementation="tpu")
+    with pytest.raises(ValueError, match="implementation='cuda' is none of"):
+        ask(implementation="cuda")

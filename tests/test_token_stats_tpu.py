@@ -124,5 +124,6 @@ def test_compiles_for_a_chip(name, chip):
     rows, vocab, dim = SHAPES[name]
     compiled = compile_for(chip, partial(_asked, name), *_arguments(rows, vocab, dim))
     assert temporary_bytes(compiled) < rows * vocab * 4 / 20, "scores are formed"
-    text = compiled.as_text()
-    assert not [line for line in text.splitlines() if " copy(" in line and f"{vocab}," in line]
+    # A vocabulary that fits into vector memory, S(1), may be fetched there as a whole.
+    copies = [x for x in compiled.as_text().splitlines() if " copy(" in x and f"{vocab}," in x]
+    assert not [line for line in copies if "S(1)" not in line.partition(" copy(")[0]]

@@ -1,10 +1,16 @@
 """Block attention: a few queries against a long cache and against each other."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_attention import reference
+from pallas_kernels.block_attention import reference, tpu
 from pallas_kernels.masks import BlockMask
+from pallas_kernels.platform import is_tpu, note
 
 
 def block_attention(
@@ -81,14 +87,93 @@ def block_attention_lse(
         raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} kv heads")
     if window < 0 or (scale is not None and scale <= 0):
         raise ValueError(f"window={window} must be 0 (all) or positive, and scale={scale} positive")
-    if implementation not in (None, "xla"):
-        raise ValueError(f"implementation={implementation!r} is none of None, 'xla'")
+    if implementation not in (None, "xla", "tpu"):
+        raise ValueError(f"implementation={implementation!r} is none of None, 'xla', 'tpu'")
     if (layer is None) != (cache is None or cache.ndim == 4):
         raise ValueError("`layer` says which of a cache of several, [Ly, B, K, S, 2 * H], is meant")
+    static = _Static(mask, window, scale, soft_cap)
+    arrays = _Arrays(q, k, v, cache, layer, cache_end, hole, lengths)
     with jax.named_scope("block_attention"):
-        if cache is not None and layer is not None:
-            cache = jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
-        return reference.block_attention(
-            q, k, v, mask, cache=cache, cache_end=cache_end, hole=hole, lengths=lengths,
-            window=window, scale=scale, soft_cap=soft_cap,
-        )  # fmt: skip
+        return _on(implementation, static, arrays)(static, arrays)
+
+
+class _Static(NamedTuple):
+    mask: BlockMask
+    window: int
+    scale: float | None
+    soft_cap: float
+
+
+class _Arrays(NamedTuple):
+    q: Any
+    k: Any
+    v: Any
+    cache: Any
+    layer: Any
+    cache_end: Any
+    hole: Any
+    lengths: Any
+
+
+def _on(implementation: str | None, static: _Static, arrays: _Arrays) -> Callable[..., Any]:
+    """The function that was asked for, or the one of the device that is compiled for."""
+    if implementation == "xla" or (implementation is None and not is_tpu()):
+        return _xla
+    cache, _ = _stacked(arrays)
+    reason = tpu.takes(arrays.q, arrays.k, static.mask, cache=cache, cache_end=arrays.cache_end)
+    if implementation == "tpu":
+        if reason:
+            raise ValueError(f"the TPU kernel does not take this: {reason}")
+        return _kernel
+    if reason:
+        note(f"block_attention runs in XLA, not in the TPU kernel: {reason}")
+        return _xla
+    return lambda static, arrays: jax.lax.platform_dependent(
+        arrays, tpu=partial(_kernel, static), default=partial(_xla, static)
+    )
+
+
+def _stacked(arrays: _Arrays) -> tuple[Any, Any]:
+    """The cache of all layers, and which of them is meant."""
+    if arrays.layer is not None or arrays.cache is None:
+        return arrays.cache, arrays.layer
+    return arrays.cache[None], jnp.int32(0)
+
+
+def _xla(static: _Static, arrays: _Arrays):
+    cache = arrays.cache
+    if arrays.layer is not None:
+        cache = jax.lax.dynamic_index_in_dim(cache, arrays.layer, keepdims=False)
+    return reference.block_attention(
+        arrays.q, arrays.k, arrays.v, static.mask, cache=cache, cache_end=arrays.cache_end,
+        hole=arrays.hole, lengths=arrays.lengths, window=static.window, scale=static.scale,
+        soft_cap=static.soft_cap,
+    )  # fmt: skip
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _kernel(static: _Static, arrays: _Arrays):
+    """The kernel; its gradient is that of the definition."""
+    cache, layer = _stacked(arrays)
+    return tpu.block_attention(
+        arrays.q, arrays.k, arrays.v, static.mask, cache=cache, layer=layer,
+        cache_end=arrays.cache_end, hole=arrays.hole, lengths=arrays.lengths,
+        window=static.window, scale=static.scale, soft_cap=static.soft_cap,
+    )  # fmt: skip
+
+
+def _forward(static: _Static, arrays: _Arrays):
+    return _kernel(static, arrays), arrays
+
+
+def _backward(static: _Static, arrays: _Arrays, grad):
+    def run(q, k, v, cache):
+        return _xla(static, arrays._replace(q=q, k=k, v=v, cache=cache))
+
+    found = jax.vjp(run, *arrays[:4])[1](grad)
+    q, k, v, cache = found
+    return (arrays._replace(q=q, k=k, v=v, cache=cache, layer=None, cache_end=None, hole=None,
+                            lengths=None),)  # fmt: skip
+
+
+_kernel.defvjp(_forward, _backward)

@@ -4,8 +4,6 @@ softmax(h W) E is attention whose keys are the vocabulary's vectors W. One pass 
 gives every number that a decoder asks for; scores of shape [rows, vocabulary] never exist.
 """
 
-import functools
-import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt
 
+from pallas_kernels.platform import is_tpu, note
 from pallas_kernels.token_stats import tpu, xla
 from pallas_kernels.token_stats.partial import Mass, Partial, merge
 
@@ -108,10 +107,10 @@ def _on(implementation: str | None, hidden, vocabulary) -> Callable[..., Partial
         if reason:
             raise ValueError(f"the TPU kernel does not take this: {reason}")
         return tpu.stats
-    if implementation == "xla":
+    if implementation == "xla" or not is_tpu():
         return xla.stats
     if reason:
-        _log_once(f"token_stats runs in XLA, not in the TPU kernel: {reason}")
+        note(f"token_stats runs in XLA, not in the TPU kernel: {reason}")
         return xla.stats
     return _by_platform
 
@@ -125,12 +124,6 @@ def _by_platform(hidden, vocabulary, **options) -> Partial:
             hidden, vocabulary, **options, **static
         ),
     )  # fmt: skip
-
-
-@functools.cache
-def _log_once(line: str) -> None:
-    if jax.default_backend() == "tpu":
-        logging.getLogger(__name__).warning(line)
 
 
 def _gathered(found: Partial, axis_name: str) -> Partial:
