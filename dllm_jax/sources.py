@@ -140,14 +140,16 @@ def read_json(file: epath.Path) -> dict[str, Any]:
     return content
 
 
-def check_format(facts: Mapping[str, Any], kind: str, file: epath.Path) -> None:
+def check_format(
+    facts: Mapping[str, Any], kind: str, file: epath.Path, version: int = VERSION
+) -> None:
     """Raises `Damaged` unless a file of ours is of this kind and version."""
     if facts.get("format") != kind:
         raise Damaged(f"{file} has format {facts.get('format')!r}, not {kind!r}")
-    if facts.get("version") != VERSION:
+    if facts.get("version") != version:
         raise Damaged(
             f"{file} has format version {facts.get('version')!r}; this dllm_jax reads version"
-            f" {VERSION}: upgrade dllm_jax, or convert the model again"
+            f" {version}: upgrade dllm_jax, or convert the model again"
         )
 
 

@@ -28,6 +28,14 @@ settings.register_profile(
 settings.load_profile("house")
 
 
+@pytest.fixture
+def optimised():
+    """Programs as they run outside of tests: for models whose passes cost more than compiling."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 def pytest_runtest_teardown() -> None:
     """Compiled programs are unloaded before the kernel runs out of memory maps for them.
 

@@ -340,5 +340,3 @@ def test_an_order_with_noise_is_drawn():
     assert scipy.stats.chisquare(picked.sum(axis=0), draws * shares).pvalue > 1e-3
     cold = TimeGrid(T, 0.0, "confidence", 0.0).commit(view)
     np.testing.assert_array_equal(cold, TimeGrid(T, 0.0, "confidence").commit(view))
-    with pytest.raises(ValueError, match=r"noise=0\.2 is random and needs a key"):
-        policy.commit(view._replace(uniform=None))

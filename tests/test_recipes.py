@@ -396,6 +396,7 @@ def test_recipes_that_do_not_fit_a_model_are_told_so(model_of):
     told("causal, shifted model", "llada", recipes.ar())
     told("uniform noise", "llada", recipes.diffusion_gemma(), jax.random.key(0))
     told("needs a key", "llada", recipes.llada(remasking="random"))
+    told("TimeGrid.* needs a key", "dream", recipes.dream(alg_temp=0.5))
     told("a pipeline of blocks needs", "llada", dataclasses.replace(recipes.d2f(), cache="none"))
     with pytest.raises(ValueError, match="steps=0"):
         recipes.llada(steps_per_block=0)

@@ -13,6 +13,8 @@ from dllm_jax.nn.transformer import forward
 
 NAME = "smollm2-135m-instruct"
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 
 @pytest.fixture(scope="module")
 def base():

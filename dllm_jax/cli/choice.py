@@ -25,7 +25,7 @@ class Choice(NamedTuple):
         Args:
           turn: of a chat: each has noise of its own.
         """
-        if not self.recipe.sampling.temperature and not _is_random(self.recipe):
+        if not self.recipe.sampling.temperature and policies.random_part(self.recipe) is None:
             return None
         key = jax.random.key(seed)
         return jax.random.fold_in(key, turn) if turn else key
@@ -154,7 +154,8 @@ def _saved(source: str) -> Choice | None:
 
 
 def _own(config: Any) -> Choice:
-    if getattr(config, "adapter", None) is not None:
+    adapter = getattr(config, "adapter", None)
+    if adapter is not None and adapter.gated:
         return named("block_diffusion", ())
     return named(recipes.for_family(config.family), (), _sizes(config))
 
@@ -169,15 +170,3 @@ def _sizes(config: Any) -> dict[str, int]:
 
 def _label(name: str, given: Mapping[str, Any]) -> str:
     return " ".join([name, *(f"{option}={value}" for option, value in given.items())])
-
-
-def _is_random(part: Any) -> bool:
-    """Whether a part of a recipe draws, however cold its sampling is."""
-    random = policies.Ancestral, policies.FirstHitting, policies.ReMDM, policies.ReNoise
-    if isinstance(part, random) or getattr(part, "rank", None) == "random":
-        return True
-    if isinstance(part, policies.TimeGrid) and part.noise > 0:
-        return True
-    return dataclasses.is_dataclass(part) and any(
-        _is_random(getattr(part, field.name)) for field in dataclasses.fields(part)
-    )

@@ -88,7 +88,10 @@ def _streamed(model, params, recipe: Denoise, hidden, step, noise, forced) -> Ch
     if isinstance(recipe.revise, ReNoise):  # such a canvas ends as its most probable tokens
         own = best
     elif forced is not None:
-        written, own = forced, scores_of(model, params, hidden, forced, scale)
+        barred = jnp.asarray(_forbidden(model, recipe), jnp.int32)
+        own = scores_of(model, params, hidden, forced, scale)
+        own = jnp.where((forced[..., None] == barred).any(axis=-1), -jnp.inf, own)
+        written = forced
     mask = _counted(model, recipe)
     mask = None if mask is None else scores_of(model, params, hidden, mask, scale)
     confidence, spread, margin = _seen(recipe, stats, score, mask)
@@ -122,7 +125,7 @@ def _a_few_at_a_time(model, params, recipe: Denoise, hidden, step, noise, forced
 
     def some(xs) -> Choice:
         hidden, step, noise, forced = xs
-        scores, allowed = _scores(model, params, recipe, hidden, step)
+        logits, scores, allowed = _scores(model, params, recipe, hidden, step)
         greedy = best_token(allowed)
         token = greedy
         if noise is not None:
@@ -135,7 +138,7 @@ def _a_few_at_a_time(model, params, recipe: Denoise, hidden, step, noise, forced
         return Choice(
             greedy, token, written, own(jax.nn.log_softmax(allowed), scored), own(probs, token),
             entropy(probs), first - second,
-            None if recipe.carry is None else _mean_vector(model, params, probs),
+            None if recipe.carry is None else _mean_vector(model, params, logits),
         )  # fmt: skip
 
     rows = jax.tree.map(flat, (hidden, step, noise, forced))
@@ -147,8 +150,8 @@ def _a_few_at_a_time(model, params, recipe: Denoise, hidden, step, noise, forced
     return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), found)
 
 
-def _scores(model, params, recipe: Denoise, hidden, step) -> tuple[jax.Array, jax.Array]:
-    """Scores that policies see, and those of tokens that may be written, float32[R, V] each."""
+def _scores(model, params, recipe: Denoise, hidden, step) -> tuple[jax.Array, ...]:
+    """The model's scores, those that policies see, and of tokens that may be written, [R, V]."""
     logits = logits_of(model, params, hidden)
     shape = recipe.shape
     if shape is not None:  # a part works on blocks: here of one position
@@ -156,22 +159,24 @@ def _scores(model, params, recipe: Denoise, hidden, step) -> tuple[jax.Array, ja
     barred = jnp.asarray(_forbidden(model, recipe), jnp.int32)
     allowed = logits.at[:, barred].set(-jnp.inf) if barred.size else logits
     if recipe.confidence != "sampled":
-        return logits, allowed
+        return logits, logits, allowed
     scores, mask = shaped(allowed, recipe.sampling), _counted(model, recipe)
-    if mask is not None:
-        scores = scores.at[:, mask].set(logits[:, mask] / warmth(recipe.sampling))
-    return scores, allowed
+    if mask is not None:  # it counts unless the filters would take it out
+        least = jnp.where(scores > -jnp.inf, scores, jnp.inf).min(axis=1)
+        own = logits[:, mask] / warmth(recipe.sampling)
+        scores = scores.at[:, mask].set(jnp.where(own >= least, own, -jnp.inf))
+    return logits, scores, allowed
 
 
 def _probs(model, params, recipe: Denoise, hidden, step) -> jax.Array:
     flat = hidden.reshape(-1, hidden.shape[-1])
-    scores, _ = _scores(model, params, recipe, flat, step.reshape(-1))
+    _, scores, _ = _scores(model, params, recipe, flat, step.reshape(-1))
     return jax.nn.softmax(scores).reshape(*hidden.shape[:2], -1)
 
 
-def _mean_vector(model, params, probs) -> jax.Array:
+def _mean_vector(model, params, logits) -> jax.Array:
     vectors = head_of(model, params).vectors
-    return probs.astype(vectors.dtype) @ vectors
+    return jax.nn.softmax(logits).astype(vectors.dtype) @ vectors
 
 
 def _forbidden(model, recipe: Denoise) -> tuple[int, ...]:
@@ -189,7 +194,7 @@ def _counted(model, recipe: Denoise) -> int | None:
 
 def _is_custom(recipe: Denoise) -> bool:
     """Whether a part shapes the scores in a way that is not known here."""
-    return not (recipe.shape is None or isinstance(recipe.shape, AnnealedTemperature | Forbid))
+    return type(recipe.shape) not in (type(None), AnnealedTemperature, Forbid)
 
 
 def _is_filtered(recipe: Denoise) -> jax.Array:

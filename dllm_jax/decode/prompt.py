@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dllm_jax.policies import Blocks, Pipeline, ReNoise, Sliding
+from dllm_jax.policies import Blocks, Pipeline, ReNoise, Sliding, random_part
 from dllm_jax.recipes import Denoise, Recipe, Verified
 from dllm_jax.typing import Key
 
@@ -213,6 +213,8 @@ def _keys(key, batch: int, recipe: Recipe):
             raise ValueError(
                 f"temperature={hot} draws at random and needs a key, e.g. jax.random.key(0)"
             )
+        if (part := random_part(recipe)) is not None:
+            raise ValueError(f"{part} draws at random and needs a key, e.g. jax.random.key(0)")
         return None
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         raise ValueError(

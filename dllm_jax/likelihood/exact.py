@@ -20,7 +20,7 @@ from dllm_jax.decode.prompt import checked, edge
 from dllm_jax.likelihood.texts import Texts, pack
 from dllm_jax.nn.head import cross_entropy_of, mask_in_vocabulary, stats_of
 from dllm_jax.nn.transformer import forward
-from dllm_jax.policies import Ancestral, FirstHitting, ReMDM, ReNoise
+from dllm_jax.policies import ReNoise, random_part
 from dllm_jax.recipes import Denoise, Recipe, Verified
 from dllm_jax.typing import Params
 
@@ -87,13 +87,8 @@ def check_deterministic(recipe: Recipe) -> None:
         return
     if isinstance(recipe.revise, ReNoise):
         refuse("ReNoise", "writes nothing for good until the block is done, and draws noise")
-    if isinstance(recipe.commit, Ancestral | FirstHitting | ReMDM):
-        refuse(type(recipe.commit).__name__, "picks positions at random")
-    inner = getattr(recipe.commit, "policy", None)
-    for part in (recipe.commit, inner, getattr(recipe.commit, "quota", None)):
-        noise = getattr(part, "noise", 0.0)
-        if getattr(part, "rank", None) == "random" or (isinstance(noise, float) and noise):
-            refuse(f"{type(part).__name__} with a random order", "picks positions at random")
+    if (part := random_part(recipe.commit)) is not None:
+        refuse(type(part).__name__, "picks positions at random")
     if recipe.revise is not None:
         refuse(type(recipe.revise).__name__, "changes tokens that are written")
 

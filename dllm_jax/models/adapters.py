@@ -25,7 +25,7 @@ from dllm_jax.nn.transformer import TransformerConfig
 from dllm_jax.nn.tree import param_axes, param_shapes
 from dllm_jax.typing import Params
 
-_FORMAT = "dllm_jax adapter"
+_FORMAT, _VERSION = "dllm_jax adapter", 1
 
 
 def save_adapter(
@@ -60,7 +60,7 @@ def save_adapter(
         tensors[name] = np.ascontiguousarray(value).astype(jnp.bfloat16)
     facts = {
         "format": _FORMAT,
-        "version": sources.VERSION,
+        "version": _VERSION,
         "adapter": dataclasses.asdict(config.adapter),
         "mask_id": config.mask_id,
         "meta": dict(meta),
@@ -84,7 +84,7 @@ def read_adapter(
     """
     path = epath.Path(folder)
     facts = sources.read_json(path / "adapter.json")
-    sources.check_format(facts, _FORMAT, path / "adapter.json")
+    sources.check_format(facts, _FORMAT, path / "adapter.json", _VERSION)
     adapter = sources.build(AdapterConfig, facts.get("adapter", {}), path / "adapter.json")
     config = dataclasses.replace(config, adapter=adapter, mask_id=facts.get("mask_id"))
     file = path / "adapter.safetensors"

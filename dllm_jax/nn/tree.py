@@ -67,7 +67,7 @@ def _init_leaf(key, name, shape):
         return jnp.ones(shape.shape, shape.dtype)
     if "bias" in name or name == "out":
         return jnp.zeros(shape.shape, shape.dtype)
-    if not name:  # embed [V, D], head [D, V]
+    if not name:  # embed and head, [V, D]
         return (0.02 * jax.random.normal(key, shape.shape)).astype(shape.dtype)
     fan_in = shape.shape[1] * (shape.shape[2] if name == "o" else 1)
     if name in ("gate", "up", "down"):  # [Ly, D, F], or [Ly, E, D, F] of experts

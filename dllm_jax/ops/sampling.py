@@ -108,8 +108,11 @@ def draw_with(noise: UInt[Array, "*B 2"], probs: Float[Array, "*B V"]) -> Int[Ar
 def keys_at(
     keys: Key, positions: Int[Array, "B Q"], stream: int, step: Int[Array, "B"] | None = None
 ) -> UInt[Array, "B Q 2"]:
-    """The key of the noise at each position, as in `draw`, for `pallas_kernels.token_stats`."""
-    return jax.random.key_data(_at(keys, positions, stream, step))
+    """The key of the noise at each position, as in `draw`, for `pallas_kernels.token_stats`.
+
+    Two words: of generators with more (rbg), the first two, which are those of threefry.
+    """
+    return jax.random.key_data(_at(keys, positions, stream, step))[..., :2]
 
 
 def uniform(

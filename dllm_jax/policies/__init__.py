@@ -1,5 +1,6 @@
 """Parts of a recipe: what to commit, what to revise, when a block is done, how wide to go."""
 
+from dllm_jax.policies.chance import random_part
 from dllm_jax.policies.commit import (
     Ancestral,
     CommitView,
@@ -42,4 +43,5 @@ __all__ = [
     "Sliding",
     "StableAndConfident",
     "TimeGrid",
+    "random_part",
 ]

@@ -1,7 +1,7 @@
 """Scores before anything reads them: temperatures that change with the step, guidance.
 
-A shaping part has `shape(logits, step) -> logits`; it changes what policies see, unlike the
-temperature of `Sampling`, which only changes what is drawn.
+A shaping part has `shape(logits, step) -> logits`; it changes what policies see. The temperature of
+`Sampling` changes what is drawn, and what they see with `Denoise.confidence="sampled"`.
 """
 
 import jax
@@ -53,7 +53,7 @@ class Guidance:
     keep: jax.Array | None = None  # bool[B, P]: given tokens that both sides see (a system prompt)
 
     def combine(self, given: jax.Array, hidden: jax.Array) -> jax.Array:
-        """The guided scores, from those with and without the prompt."""
+        """Guided scores, or hidden states (they are linear), from those with and without."""
         return hidden + (self.scale + 1) * (given - hidden)
 
 

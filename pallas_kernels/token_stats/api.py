@@ -88,7 +88,7 @@ def token_stats(
     column = lambda x: None if x is None else jnp.broadcast_to(x, (rows,))[:, None]  # noqa: E731
     first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * len(vocabulary)
     with jax.named_scope("token_stats"):
-        found = _on(implementation, hidden, vocabulary)(
+        found = _on(implementation, hidden, vocabulary, tile)(
             hidden, vocabulary, first=first, bias=bias, scale=column(scale), soft_cap=soft_cap,
             forbidden=forbidden, top=top, keys=keys, temperature=column(temperature), soft=soft,
             tile=tile,
@@ -98,11 +98,11 @@ def token_stats(
         return _finished(found)
 
 
-def _on(implementation: str | None, hidden, vocabulary) -> Callable[..., Partial]:
+def _on(implementation: str | None, hidden, vocabulary, tile) -> Callable[..., Partial]:
     """The function that was asked for, or the one of the device that is compiled for."""
     if implementation not in (None, "xla", "tpu"):
         raise ValueError(f"implementation={implementation!r} is none of None, 'xla', 'tpu'")
-    reason = tpu.takes(hidden, vocabulary)
+    reason = tpu.takes(hidden, vocabulary, tile)
     if implementation == "tpu":
         if reason:
             raise ValueError(f"the TPU kernel does not take this: {reason}")
@@ -166,7 +166,9 @@ def scores_at(
     those of `token_stats`.
     """
     vectors = vocabulary[ids].astype(hidden.dtype)
-    scores = jnp.einsum("rd,rmd->rm", hidden, vectors, preferred_element_type=jnp.float32)
+    scores = jnp.einsum(
+        "rd,rmd->rm", hidden, vectors, preferred_element_type=jnp.float32, precision="highest"
+    )
     if bias is not None:
         scores = scores + bias.astype(jnp.float32)[ids]
     if soft_cap:

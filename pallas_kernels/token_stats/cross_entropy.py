@@ -70,7 +70,7 @@ def _backward(soft_cap, forbidden, tile, saved, grad):
     hidden, vocabulary, bias, targets, log_z = saved
     grad = grad.nats
     count = len(vocabulary)
-    tile = min(tile or max(_SCORES // len(hidden) // 128 * 128, 128), count)
+    tile = min(tile or max(_SCORES // max(len(hidden), 1) // 128 * 128, 128), count)
 
     def step(i, sums):
         d_hidden, d_vocabulary, d_bias = sums

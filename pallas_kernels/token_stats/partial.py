@@ -73,7 +73,7 @@ def of_scores(
         at = jnp.pad(at, ((0, 0), (0, lack)))
     hot = race = soft = None
     if keys is not None and temperature is not None:
-        warm = scores / temperature
+        warm = jnp.where(scores > LOWEST, scores / temperature, LOWEST)
         hot, _ = _mass(warm)
         noise = gumbel(keys[:, :1], keys[:, 1:], ids.astype(jnp.uint32)[None])
         value, winner = _largest(jnp.where(scores > LOWEST, warm + noise, LOWEST), 1)

@@ -26,8 +26,10 @@ _FLOOR = -1e4  # of exponents: e to it is zero, and it times zero is a number
 _M, _S, _U, _HOT_M, _HOT_S, _HOT_U, _VALUE, _SCORE, _SCALE = range(9)
 
 
-def takes(hidden, vocabulary) -> str | None:
+def takes(hidden, vocabulary, tile: int | None = None) -> str | None:
     """None where the kernel takes such arguments; else why not, in a line."""
+    if tile is not None and tile % _LANES:
+        return f"tile={tile} is no multiple of {_LANES}"
     if hidden.dtype not in (jnp.bfloat16, jnp.float32):
         return f"hidden states are {hidden.dtype}; the kernel takes bfloat16 and float32"
     if len(vocabulary) < _LANES:

@@ -28,7 +28,7 @@ def stats(hidden, vocabulary, *, tile: int | None = None, keys=None, **options) 
     size = len(vocabulary)
     if tile is not None:
         return _over_tokens(hidden, vocabulary, min(tile, size), keys=keys, **options)
-    tile = min(max(_SCORES // len(hidden) // 512 * 512, 512), size)
+    tile = min(max(_SCORES // max(len(hidden), 1) // 512 * 512, 512), size)
     static = {name: options.pop(name) for name in STATIC if name in options}
     return jax.lax.platform_dependent(
         hidden, vocabulary, {"keys": keys, **options},
