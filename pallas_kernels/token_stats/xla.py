@@ -5,17 +5,19 @@ against the whole vocabulary. Elsewhere it is all rows against a tile of the voc
 read once.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.token_stats.partial import Partial, merge
-from pallas_kernels.token_stats.reference import partial_stats
+from pallas_kernels.token_stats.partial import Partial, merge, of_scores
+from pallas_kernels.token_stats.reference import partial_stats, scores_of, without
 
 STATIC = ("soft_cap", "forbidden", "top", "soft", "tile")  # options that are part of the program
 
-_ROWS = 64  # of a piece on CPUs: enough for products at full speed
+_ROWS = 128  # of a piece on CPUs: enough for products at full speed
+_TILE = 4096  # tokens whose scores of these rows stay in a CPU's cache
 _SCORES = 1 << 23  # elements of a piece elsewhere, 32 MiB
 
 
@@ -42,28 +44,44 @@ def stats(hidden, vocabulary, *, tile: int | None = None, keys=None, **options) 
 def _over_rows(hidden, vocabulary, *, keys=None, scale=None, temperature=None, **options):
     """A few rows at a time against all of the vocabulary."""
     count = len(hidden)
+    per_row = {"hidden": hidden, "keys": keys, "scale": scale, "temperature": temperature}
     if count <= _ROWS:
-        return partial_stats(
-            hidden, vocabulary, keys=keys, scale=scale, temperature=temperature, **options
-        )
+        return _of_few(vocabulary=vocabulary, **per_row, **options)
     pieces = -(-count // _ROWS)
     size = -(-count // pieces)
     fold = lambda x: jnp.pad(x, ((0, pieces * size - count), (0, 0)), mode="edge").reshape(  # noqa: E731
         pieces, size, -1
     )
-    per_row = {"hidden": hidden, "keys": keys, "scale": scale, "temperature": temperature}
-    folded = jax.tree.map(fold, per_row)
-
-    def piece(rows):
-        return partial_stats(rows.pop("hidden"), vocabulary, **rows, **options)
-
-    found = jax.lax.map(piece, folded)
+    found = jax.lax.map(
+        lambda rows: _of_few(vocabulary=vocabulary, **rows, **options),
+        jax.tree.map(fold, per_row),
+    )
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], found)
+
+
+def _of_few(
+    hidden, vocabulary, *, first=0, bias=None, scale=None, soft_cap=0.0, forbidden=(), soft=False,
+    **options,
+) -> Partial:  # fmt: skip
+    """All scores of a few rows, and their statistics a tile at a time, which stays in the cache."""
+    size = len(vocabulary)
+    if soft or size < 2 * _TILE:  # the mean vector is a product, which takes no slice
+        return partial_stats(
+            hidden, vocabulary, first=first, bias=bias, scale=scale, soft_cap=soft_cap,
+            forbidden=forbidden, soft=soft, **options,
+        )  # fmt: skip
+    scores = scores_of(hidden, vocabulary, bias=bias, scale=scale, soft_cap=soft_cap)
+
+    def at(start, width):
+        ids = first + start + jnp.arange(width, dtype=jnp.int32)
+        own = jax.lax.dynamic_slice_in_dim(scores, start, width, axis=1)
+        return of_scores(without(own, ids, forbidden), ids, **options)
+
+    return _merged(at, size, _TILE)
 
 
 def _over_tokens(hidden, vocabulary, tile: int, *, first=0, bias=None, **options) -> Partial:
     """All rows against a tile of the vocabulary at a time."""
-    whole = len(vocabulary) // tile
     one = partial(partial_stats, hidden, **options)
 
     def at(start, size):
@@ -71,11 +89,17 @@ def _over_tokens(hidden, vocabulary, tile: int, *, first=0, bias=None, **options
         own = None if bias is None else cut(bias)
         return one(cut(vocabulary), first=first + start, bias=own)
 
+    return _merged(at, len(vocabulary), tile)
+
+
+def _merged(at: Callable[..., Partial], size: int, tile: int) -> Partial:
+    """The statistics of `size` tokens out of those of tiles, `at(start, width)`."""
+    whole = size // tile
     found = at(0, tile)
     if whole > 1:
         found = jax.lax.fori_loop(
             1, whole, lambda i, before: merge(before, at(i * tile, tile)), found
         )
-    if rest := len(vocabulary) - whole * tile:
+    if rest := size - whole * tile:
         found = merge(found, at(whole * tile, rest))
     return found
