@@ -1,4 +1,4 @@
-"""Which device a program is traced for."""
+"""Whether a program that is being traced can hold TPU kernels."""
 
 import functools
 import logging
@@ -7,14 +7,20 @@ import jax
 
 
 def is_tpu() -> bool:
-    """Whether the program may run on a TPU: the mesh in scope is of TPUs, or the default device is.
+    """Whether the program is for one TPU: kernels are not split over several by the compiler.
 
-    A mesh of devices that are not there (ahead-of-time compilation) counts. Where no mesh says so,
-    a program that is traced on another machine is compiled without TPU kernels.
+    What counts is the mesh in scope: one of a single TPU, which need not be there (ahead-of-time
+    compilation), or the inside of a `shard_map`, where a program is that of one device. Where no
+    mesh says so, this machine's one and only TPU. Elsewhere XLA's forms run, which it can split.
     """
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    mesh = jax.sharding.get_abstract_mesh()
+    device = mesh.abstract_device
     kind = device.device_kind if device else jax.default_backend()
-    return kind.lower().startswith("tpu")
+    if not kind.lower().startswith("tpu"):
+        return False
+    if mesh.empty:
+        return jax.device_count() == 1
+    return mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names)
 
 
 @functools.cache
