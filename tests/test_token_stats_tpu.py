@@ -18,7 +18,7 @@ SHAPES = {
     "fast-dllm-v2-7b": (32, 151_936, 3584),
     "llada2-mini": (512, 157_184, 2048),
     "diffusion-gemma": (256, 262_144, 2816),
-    "smollm2": (4, 49_152, 576),
+    "gpt2-medium": (64, 50_258, 1024),
 }
 
 
@@ -90,9 +90,11 @@ def test_what_lies_behind_the_vocabulary_is_not_felt():
 
 def test_what_the_kernel_does_not_take():
     shape = jax.ShapeDtypeStruct
-    assert tpu.takes(shape((4, 64), "float32"), np.empty((500, 64))) is None
-    assert "float16" in tpu.takes(shape((4, 64), "float16"), np.empty((500, 64)))
-    assert "less than a tile" in tpu.takes(shape((4, 64), "float32"), np.empty((100, 64)))
+    assert tpu.takes(shape((4, 128), "float32"), np.empty((500, 128))) is None
+    assert "float16" in tpu.takes(shape((4, 128), "float16"), np.empty((500, 128)))
+    assert "less than a tile" in tpu.takes(shape((4, 128), "float32"), np.empty((100, 128)))
+    assert "vectors of 576" in tpu.takes(shape((4, 576), "float32"), np.empty((500, 576)))
+    assert "tile=100" in tpu.takes(shape((4, 128), "float32"), np.empty((500, 128)), 100)
 
 
 def _asked(name, hidden, vocabulary, keys, temperature):

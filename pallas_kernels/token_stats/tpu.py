@@ -32,6 +32,9 @@ def takes(hidden, vocabulary, tile: int | None = None) -> str | None:
         return f"tile={tile} is no multiple of {_LANES}"
     if hidden.dtype not in (jnp.bfloat16, jnp.float32):
         return f"hidden states are {hidden.dtype}; the kernel takes bfloat16 and float32"
+    if hidden.shape[1] % _LANES:
+        # XLA lays such vectors out with the tokens innermost, and would copy them for every call.
+        return f"vectors of {hidden.shape[1]} do not fill registers of {_LANES} lanes"
     if len(vocabulary) < _LANES:
         return f"a vocabulary of {len(vocabulary)} is less than a tile"
     return None
