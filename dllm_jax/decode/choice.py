@@ -13,7 +13,15 @@ import jax.numpy as jnp
 
 from dllm_jax.decode.state import DecodeState
 from dllm_jax.nn.head import head_of, logits_of, mask_in_vocabulary, scores_of, stats_of
-from dllm_jax.ops.sampling import best_token, draw_with, keys_at, probabilities, shaped, warmth
+from dllm_jax.ops.sampling import (
+    best_token,
+    draw_with,
+    is_filtered,
+    keys_at,
+    probabilities,
+    shaped,
+    warmth,
+)
 from dllm_jax.policies import AnnealedTemperature, Forbid, ReNoise
 from dllm_jax.policies.commit import entropy
 from dllm_jax.recipes import Denoise
@@ -61,7 +69,7 @@ def choose(model, params, recipe: Denoise, keys, state: DecodeState, hidden, at)
         found = _streamed(*arguments)
         if noise is not None:  # whether a filter is on is a number, which the program does not know
             found = jax.lax.cond(
-                _is_filtered(recipe),
+                is_filtered(recipe.sampling),
                 lambda: _a_few_at_a_time(*arguments)._replace(soft=found.soft),
                 lambda: found,
             )
@@ -180,24 +188,21 @@ def _mean_vector(model, params, logits) -> jax.Array:
 
 
 def _forbidden(model, recipe: Denoise) -> tuple[int, ...]:
-    """Tokens that are not to be written."""
+    """Tokens that are not to be written: the mask token, where it has a score, and the recipe's."""
     mask = () if recipe.predict_mask else mask_in_vocabulary(model.config)
-    return (*mask, *(recipe.shape.tokens if isinstance(recipe.shape, Forbid) else ()))
+    return (*mask, *_barred(recipe))
 
 
 def _counted(model, recipe: Denoise) -> int | None:
-    """The mask token, where it is not to be written and has a score."""
-    mask = () if recipe.predict_mask else mask_in_vocabulary(model.config)
-    barred = recipe.shape.tokens if isinstance(recipe.shape, Forbid) else ()
-    return mask[0] if mask and mask[0] not in barred else None
+    """The mask token, where its share counts though it is not to be written."""
+    own = [i for i in _forbidden(model, recipe) if i not in _barred(recipe)]
+    return own[0] if own else None
+
+
+def _barred(recipe: Denoise) -> tuple[int, ...]:
+    return recipe.shape.tokens if isinstance(recipe.shape, Forbid) else ()
 
 
 def _is_custom(recipe: Denoise) -> bool:
     """Whether a part shapes the scores in a way that is not known here."""
     return type(recipe.shape) not in (type(None), AnnealedTemperature, Forbid)
-
-
-def _is_filtered(recipe: Denoise) -> jax.Array:
-    sampling = recipe.sampling
-    on = (jnp.asarray(sampling.top_k) > 0) | (jnp.asarray(sampling.top_p) < 1)
-    return on & (jnp.asarray(sampling.temperature) > 0)

@@ -53,10 +53,14 @@ def probabilities(logits: Float[Array, "*B V"], sampling: Sampling) -> Float[Arr
 
 def shaped(logits: Float[Array, "*B V"], sampling: Sampling) -> Float[Array, "*B V"]:
     """The scores whose softmax is `probabilities`; at temperature 0 they are left as they are."""
-    filtered = (jnp.asarray(sampling.top_k) > 0) | (jnp.asarray(sampling.top_p) < 1)
-    filtered &= jnp.asarray(sampling.temperature) > 0
     scaled = logits / warmth(sampling)
-    return jax.lax.cond(filtered, lambda x: _filter(x, sampling), lambda x: x, scaled)
+    return jax.lax.cond(is_filtered(sampling), lambda x: _filter(x, sampling), lambda x: x, scaled)
+
+
+def is_filtered(sampling: Sampling) -> jax.Array:
+    """Whether top-k or top-p takes tokens out, bool[]."""
+    on = (jnp.asarray(sampling.top_k) > 0) | (jnp.asarray(sampling.top_p) < 1)
+    return on & (jnp.asarray(sampling.temperature) > 0)
 
 
 def warmth(sampling: Sampling) -> jax.Array:
