@@ -13,10 +13,10 @@ override PROMPT := $(value PROMPT)
 export PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow aot lint format clean
+.PHONY: help setup demo test slow aot aot-cuda lint format clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' | \
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | \
 		awk -F'|' '{ printf "  make %-8s %s\n", $$1, $$2 }'
 
 setup: $(STAMP)  ## create .venv with the pinned versions and the base model of the demo
@@ -51,6 +51,20 @@ $(AOT)/.stamp: pyproject.toml constraints.txt
 aot: $(AOT)/.stamp  ## compile the kernels for TPUs, by the real compiler, without one
 	@JAX_PLATFORMS=cpu $(AOT)/bin/python -m pytest -q -m aot
 
+# The kernels for GPUs need a JAX that Python 3.11 does not get.
+CUDA := .venv-aot-cuda
+$(CUDA)/.stamp: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 12) or sys.exit( \
+		"Python 3.12 or 3.13 needed here; try: make aot-cuda PYTHON=python3.12")'
+	@$(PYTHON) -m venv $(CUDA)
+	@$(CUDA)/bin/python -m pip --disable-pip-version-check --no-input -qq install \
+		-e '.[dev,aot-cuda]'
+	@touch $@
+
+aot-cuda: $(CUDA)/.stamp  ## compile the kernels for GPUs, and interpret them (PYTHON=python3.12)
+	@JAX_PLATFORMS=cpu $(CUDA)/bin/python -m pytest -q -m aot tests/*_gpu.py
+	@JAX_PLATFORMS=cpu $(CUDA)/bin/python -m pytest -q tests/*_gpu.py
+
 lint: setup  ## formatting, style, types, and the layers
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -62,5 +76,5 @@ format: setup  ## rewrite the sources in the house format
 	@$(BIN)/ruff check --fix .
 
 clean:  ## remove .venv, builds and caches
-	rm -rf .venv .venv-aot build dist .hypothesis .import_linter_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-aot .venv-aot-cuda build dist .hypothesis .import_linter_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

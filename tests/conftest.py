@@ -1,6 +1,5 @@
 """Every test sees eight CPU devices, repeatable examples, and the goldens if there are any."""
 
-import importlib.util
 import os
 from pathlib import Path
 
@@ -9,6 +8,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 from hypothesis import HealthCheck, settings
+
+from dllm_jax.testing.aot import has_compiler
 
 # Before any backend starts. The devices are virtual: a test process has no more cores than before.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -50,9 +51,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     for device in ("gpu", "tpu"):
         if item.get_closest_marker(device) and jax.default_backend() != device:
             pytest.skip(f"needs a {device.upper()}; JAX runs on {jax.default_backend()}")
-    if item.get_closest_marker("aot"):
-        if importlib.util.find_spec("libtpu") is None:
-            pytest.skip("the TPU compiler is not installed; run `make aot`")
+    if aot := item.get_closest_marker("aot"):
+        platform, target = aot.args[0], {"tpu": "aot", "cuda": "aot-cuda"}[aot.args[0]]
+        if not has_compiler(platform):
+            pytest.skip(f"the compiler for {platform} is not installed; run `make {target}`")
         jax.config.update("jax_disable_most_optimizations", False)  # the programs that run there
 
 

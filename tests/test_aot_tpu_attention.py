@@ -39,7 +39,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.aot
+@pytest.mark.aot("tpu")
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("name", SHAPES)
 def test_it_compiles_without_a_copy_of_the_cache(name, chip):

@@ -119,7 +119,7 @@ def test_lowers_for_a_tpu(name):
     assert "tpu_custom_call" in lowered.as_text()
 
 
-@pytest.mark.aot
+@pytest.mark.aot("tpu")
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("name", SHAPES)
 def test_compiles_for_a_chip(name, chip):

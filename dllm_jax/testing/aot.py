@@ -1,7 +1,8 @@
-"""Compiling for TPUs without one, by the real compiler (the package libtpu: extra `aot`).
+"""Compiling for TPUs and GPUs without one, by the real compilers.
 
-Its errors are those of a chip, and the program says what it will move and hold. What it does not
-say is how long it takes.
+Their packages are libtpu (extra `aot`) and the CUDA plugin of JAX (extra `aot-cuda`, JAX 0.11 and
+later; neither a driver nor NVIDIA's libraries). Their errors are those of a chip, and the program
+says what it will move and hold. What it does not say is how long it takes.
 """
 
 import importlib.util
@@ -16,29 +17,56 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
+# What the CUDA compiler asks of a device that is not there.
+_H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472 registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 device_memory_size: 84942979072
+  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 12 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+GPUS = {"h100": _H100}
 
-def has_compiler() -> bool:
-    """Whether the TPU compiler is installed."""
-    return importlib.util.find_spec("libtpu") is not None
+
+def has_compiler(platform: str) -> bool:
+    """Whether the compiler for "tpu" or "cuda" is installed."""
+    package = {"tpu": "libtpu", "cuda": "jax_cuda13_plugin"}[platform]
+    return importlib.util.find_spec(package) is not None
 
 
 def compile_for(chip: str, function: Callable, *arguments: Any) -> jax.stages.Compiled:
-    """The compiled program of a function on one chip of `CHIPS`.
+    """The compiled program of a function on one chip of `CHIPS` or `GPUS`.
 
     Args:
       arguments: pytrees of `jax.ShapeDtypeStruct`.
     """
-    # Before the compiler is loaded: nobody asks a cloud's metadata server, or for a lock.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip])
+    platform, topology = _topology(chip)
     mesh = Mesh(np.array(topology.devices[:1]), ("x",), axis_types=(AxisType.Explicit,))
     whole = NamedSharding(mesh, PartitionSpec())
     placed = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), arguments
     )
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.jit(function).trace(*placed).lower(lowering_platforms=("tpu",)).compile()
+        return jax.jit(function).trace(*placed).lower(lowering_platforms=(platform,)).compile()
+
+
+def _topology(chip: str):
+    """The platform of a chip, and the description of a machine that has some."""
+    if chip in GPUS:
+        return "cuda", topologies.get_topology_desc(
+            platform="cuda", topology_name=chip, target_config=GPUS[chip], topology="1x1x1"
+        )
+    # Before the compiler is loaded: nobody asks a cloud's metadata server, or for a lock.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    return "tpu", topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip])
 
 
 def temporary_bytes(compiled: jax.stages.Compiled) -> int:
