@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_attention import reference, tpu
+from pallas_kernels.block_attention import long, reference, tpu
 from pallas_kernels.masks import BlockMask
 from pallas_kernels.platform import is_tpu, note
+
+_MOST_SCORES = 1 << 20  # of a query head, in one piece
 
 
 def block_attention(
@@ -24,6 +26,7 @@ def block_attention(
     cache_end: Int[Array, "B"] | Int[Array, "B Q"] | None = None,
     hole: tuple[Int[Array, "B"], Int[Array, "B"]] | None = None,
     lengths: Int[Array, "B"] | None = None,
+    segments: Int[Array, "B Q"] | None = None,
     window: int = 0,
     scale: float | None = None,
     soft_cap: float = 0.0,
@@ -44,6 +47,8 @@ def block_attention(
       hole: slots [first, second) of each row's cache that are not read, because the entries of this
         pass stand in for them (a canvas whose surroundings are cached approximately).
       lengths: valid clean entries of each row (right padding is not attended to). All by default.
+      segments: the document that each entry is of (packed rows): an entry sees its own alone. Any
+        numbers, each in one piece of the clean entries; without a cache.
       window: a query at position p sees only positions > p - window; 0: all. Slot s is position s;
         clean entry i follows the cache, at `cache_end + i`, or stands in the hole, at `first + i`.
         A noisy query counts from where its group begins, right behind the clean context that it
@@ -63,13 +68,14 @@ def block_attention(
     """
     return block_attention_lse(
         q, k, v, mask, cache=cache, layer=layer, cache_end=cache_end, hole=hole, lengths=lengths,
-        window=window, scale=scale, soft_cap=soft_cap, implementation=implementation,
+        segments=segments, window=window, scale=scale, soft_cap=soft_cap,
+        implementation=implementation,
     )[0]  # fmt: skip
 
 
 def block_attention_lse(
     q, k, v, mask: BlockMask, *, cache=None, layer=None, cache_end=None, hole=None, lengths=None,
-    window=0, scale=None, soft_cap=0.0, implementation=None,
+    segments=None, window=0, scale=None, soft_cap=0.0, implementation=None,
 ) -> tuple[Float[Array, "B Q N H"], Float[Array, "B Q N"]]:  # fmt: skip
     """`block_attention`, and the natural logarithm of each query's sum of exponentials, float32.
 
@@ -91,8 +97,10 @@ def block_attention_lse(
         raise ValueError(f"implementation={implementation!r} is none of None, 'xla', 'tpu'")
     if (layer is None) != (cache is None or cache.ndim == 4):
         raise ValueError("`layer` says which of a cache of several, [Ly, B, K, S, 2 * H], is meant")
+    if segments is not None and cache is not None:
+        raise ValueError("`segments` are of packed rows, which have no cache")
     static = _Static(mask, window, scale, soft_cap)
-    arrays = _Arrays(q, k, v, cache, layer, cache_end, hole, lengths)
+    arrays = _Arrays(q, k, v, cache, layer, cache_end, hole, lengths, segments)
     with jax.named_scope("block_attention"):
         return _on(implementation, static, arrays)(static, arrays)
 
@@ -113,6 +121,7 @@ class _Arrays(NamedTuple):
     cache_end: Any
     hole: Any
     lengths: Any
+    segments: Any
 
 
 def _on(implementation: str | None, static: _Static, arrays: _Arrays) -> Callable[..., Any]:
@@ -141,14 +150,25 @@ def _stacked(arrays: _Arrays) -> tuple[Any, Any]:
 
 
 def _xla(static: _Static, arrays: _Arrays):
-    cache = arrays.cache
-    if arrays.layer is not None:
-        cache = jax.lax.dynamic_index_in_dim(cache, arrays.layer, keepdims=False)
-    return reference.block_attention(
-        arrays.q, arrays.k, arrays.v, static.mask, cache=cache, cache_end=arrays.cache_end,
-        hole=arrays.hole, lengths=arrays.lengths, window=static.window, scale=static.scale,
-        soft_cap=static.soft_cap,
-    )  # fmt: skip
+    """In one piece where its scores are few; else in tiles."""
+    q, k, v, cache, layer, *_ = arrays
+    keys = max(static.mask.clean, 0 if cache is None else cache.shape[-2])
+    if q.shape[1] * keys > _MOST_SCORES:
+        return long.block_attention(
+            q, k, v, static.mask, **_named(static, arrays), cache=cache, layer=layer
+        )
+    if layer is not None:
+        cache = jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
+    return reference.block_attention(q, k, v, static.mask, **_named(static, arrays), cache=cache)
+
+
+def _named(static: _Static, arrays: _Arrays) -> dict[str, Any]:
+    """Arguments that all implementations have."""
+    return {
+        "cache_end": arrays.cache_end, "hole": arrays.hole, "lengths": arrays.lengths,
+        "segments": arrays.segments, "window": static.window, "scale": static.scale,
+        "soft_cap": static.soft_cap,
+    }  # fmt: skip
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -173,7 +193,7 @@ def _backward(static: _Static, arrays: _Arrays, grad):
     found = jax.vjp(run, *arrays[:4])[1](grad)
     q, k, v, cache = found
     return (arrays._replace(q=q, k=k, v=v, cache=cache, layer=None, cache_end=None, hole=None,
-                            lengths=None),)  # fmt: skip
+                            lengths=None, segments=None),)  # fmt: skip
 
 
 _kernel.defvjp(_forward, _backward)

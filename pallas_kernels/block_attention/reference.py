@@ -10,27 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.block_attention.products import NEG, Scores, einsum
 from pallas_kernels.masks import BlockMask
-
-_NEG = -0.7 * float(jnp.finfo(jnp.float32).max)
-
-
-class _Scores(NamedTuple):
-    """How products of queries and keys become scores."""
-
-    scale: float
-    soft_cap: float
-
-    def made(self, products: jax.Array) -> jax.Array:
-        """What `times` makes scores."""
-        if not self.soft_cap:
-            return products
-        return self.soft_cap * jnp.tanh(self.scale / self.soft_cap * products)
-
-    @property
-    def times(self) -> float:
-        """Applied once the maximum is off, at no cost: it is part of the exponential."""
-        return 1.0 if self.soft_cap else self.scale
 
 
 class _Read(NamedTuple):
@@ -41,8 +22,17 @@ class _Read(NamedTuple):
     visible: jax.Array  # bool[B or 1, Q, S]
 
 
+class _Own(NamedTuple):
+    """Noisy groups, each of which reads itself."""
+
+    keys: jax.Array  # [B, K, Q, H]
+    values: jax.Array  # [B, K, Q, H]
+    block: int  # entries of a group
+    together: jax.Array | None  # bool[B, Q, block]: of one segment
+
+
 def block_attention(q, k, v, mask: BlockMask, *, cache=None, cache_end=None, hole=None,
-                    lengths=None, window=0, scale=None, soft_cap=0.0):  # fmt: skip
+                    lengths=None, segments=None, window=0, scale=None, soft_cap=0.0):  # fmt: skip
     """See `pallas_kernels.block_attention`; the output, and the logarithm of each query's sum.
 
     Args:
@@ -52,7 +42,7 @@ def block_attention(q, k, v, mask: BlockMask, *, cache=None, cache_end=None, hol
     kv_heads, clean = k.shape[2], mask.clean
     q = jnp.moveaxis(q.reshape(batch, entries, kv_heads, heads // kv_heads, size), 1, 3)
     k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)  # [B, K, Q, H], as the cache has them
-    shape = _Scores(size**-0.5 if scale is None else scale, soft_cap)
+    shape = Scores(size**-0.5 if scale is None else scale, soft_cap)
 
     def reads(lo: int, hi: int) -> list[_Read]:
         index = jnp.arange(lo, hi)
@@ -83,6 +73,9 @@ def block_attention(q, k, v, mask: BlockMask, *, cache=None, cache_end=None, hol
             visible = slots < end[..., None]
             if window:
                 visible = visible & (slots > place[..., None] - window)
+            if segments is not None:
+                same = segments[:, lo:hi, None] == segments[:, None, :clean]
+                visible = visible & same
             found.append(_Read(k[:, :, :clean], v[:, :, :clean], visible))
         return found
 
@@ -90,7 +83,8 @@ def block_attention(q, k, v, mask: BlockMask, *, cache=None, cache_end=None, hol
     if clean:
         parts.append(_attend(q[:, :, :, :clean], shape, reads(0, clean)))
     if entries > clean:
-        own = (k[:, :, clean:], v[:, :, clean:], mask.block)
+        together = None if segments is None else same_segment(segments[:, clean:], mask.block)
+        own = _Own(k[:, :, clean:], v[:, :, clean:], mask.block, together)
         parts.append(_attend(q[:, :, :, clean:], shape, reads(clean, entries), own))
     out, lse = (
         jnp.moveaxis(jnp.concatenate(part, axis=3), 3, 1) for part in zip(*parts, strict=True)
@@ -110,28 +104,47 @@ def _recent(cache, cache_end, window: int) -> tuple[jax.Array, jax.Array]:
     return rows(cache, start), start[:, None] + jnp.arange(width)
 
 
-def _attend(
-    q, shape: _Scores, reads: list[_Read], own: tuple[jax.Array, jax.Array, int] | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """One softmax over several sets of keys, float32[B, K, G, Q, H] as `q` is; and its log-sum.
+def attend_groups(q, k, v, block: int, scores: Scores, segments=None):
+    """Each group of `block` entries over itself alone: a part of the two-part form.
 
-    `own` = (keys, values, block): each group of `block` queries also reads itself.
+    Args:
+      q: [B, K, G, Q, H]; k, v: [B, K, Q, H].
+      segments: int32[B, Q], of the entries.
+
+    Returns:
+      float32 [B, K, G, Q, H], and the logarithm of each query's sum [B, K, G, Q].
     """
+    together = None if segments is None else same_segment(segments, block)
+    return _attend(q, scores, [], _Own(k, v, block, together))
+
+
+def same_segment(segments, block: int) -> jax.Array:
+    """Which entries of its own group are of a query's segment, bool[B, Q, block]."""
+    batch, entries = segments.shape
+    groups = segments.reshape(batch, entries // block, block)
+    return (groups[..., :, None] == groups[..., None, :]).reshape(batch, entries, block)
+
+
+def _attend(
+    q, shape: Scores, reads: list[_Read], own: _Own | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """One softmax over several sets of keys, float32[B, K, G, Q, H] as `q` is; and its log-sum."""
     scores = [
-        jnp.where(r.visible[:, None, None], shape.made(_folded("bkqh,bksh->bkqs", q, r.keys)), _NEG)
+        jnp.where(r.visible[:, None, None], shape.made(_folded("bkqh,bksh->bkqs", q, r.keys)), NEG)
         for r in reads
     ]
     if own is not None:
-        scores.append(shape.made(_own_scores(q, own[0], own[2])))
+        x = shape.made(_own_scores(q, own.keys, own.block))
+        scores.append(x if own.together is None else jnp.where(own.together[:, None, None], x, NEG))
     top = jnp.max(jnp.stack([s.max(axis=-1) for s in scores]), axis=0)[..., None]
     top = jax.lax.stop_gradient(top)
-    weights = [jnp.where(s > _NEG, jnp.exp(shape.times * (s - top)), 0.0) for s in scores]
+    weights = [jnp.where(s > NEG, jnp.exp(shape.times * (s - top)), 0.0) for s in scores]
     total = sum(w.sum(axis=-1, keepdims=True) for w in weights)
     out = jnp.zeros(q.shape, jnp.float32)
     for r, w in zip(reads, weights, strict=False):
         out += _folded("bkqs,bksh->bkqh", w.astype(r.values.dtype), r.values)
     if own is not None:
-        out += _own_values(weights[-1], own[1], own[2])
+        out += _own_values(weights[-1], own.values, own.block)
     lse = jnp.where(total > 0, shape.times * top + jnp.log(jnp.maximum(total, 1e-37)), -jnp.inf)
     return out / jnp.where(total > 0, total, 1.0), lse[..., 0]
 
@@ -142,7 +155,7 @@ def _folded(contract: str, x, y) -> jax.Array:
     In any other order, or with more axes, XLA transposes keys, values or scores for it on CPUs.
     """
     batch, kv_heads, group, entries, _ = x.shape
-    out = _einsum(contract, x.reshape(batch, kv_heads, group * entries, -1), y)
+    out = einsum(contract, x.reshape(batch, kv_heads, group * entries, -1), y)
     return out.reshape(batch, kv_heads, group, entries, -1)
 
 
@@ -150,7 +163,7 @@ def _own_scores(q, keys, block: int) -> jax.Array:
     """Scores of each query against its own group, float32[B, K, G, Q, block]."""
     batch, kv_heads, group, entries, size = q.shape
     folded = q.reshape(batch, kv_heads, group, entries // block, block, size)
-    scores = _einsum("bkgnth,bknsh->bkgnts", folded, _groups(keys, block))
+    scores = einsum("bkgnth,bknsh->bkgnts", folded, _groups(keys, block))
     return scores.reshape(batch, kv_heads, group, entries, block)
 
 
@@ -159,24 +172,10 @@ def _own_values(weights, values, block: int) -> jax.Array:
     batch, kv_heads, group, entries, _ = weights.shape
     folded = weights.reshape(batch, kv_heads, group, entries // block, block, block)
     folded = folded.astype(values.dtype)
-    mixed = _einsum("bkgnts,bknsh->bkgnth", folded, _groups(values, block))
+    mixed = einsum("bkgnts,bknsh->bkgnth", folded, _groups(values, block))
     return mixed.reshape(batch, kv_heads, group, entries, values.shape[-1])
 
 
 def _groups(x, block: int) -> jax.Array:
     """[B, K, Q, H] as [B, K, groups, block, H]."""
     return x.reshape(*x.shape[:2], x.shape[2] // block, block, x.shape[3])
-
-
-def _einsum(contract: str, a, b) -> jax.Array:
-    """A product accumulated in float32. XLA has no such bfloat16 product on CPUs: widened there."""
-
-    def native(a, b):
-        return jnp.einsum(contract, a, b, preferred_element_type=jnp.float32)
-
-    def widened(a, b):
-        return jnp.einsum(contract, a.astype(jnp.float32), b.astype(jnp.float32))
-
-    if a.dtype == jnp.float32:
-        return native(a, b)
-    return jax.lax.platform_dependent(a, b, cpu=widened, default=native)
