@@ -203,6 +203,18 @@ def test_speculative_samples_follow_the_autoregressive_joint():
     assert scipy.stats.chisquare(observed[keep], expected[keep]).pvalue > 1e-3
 
 
+@pytest.mark.parametrize("more", [{}, {"top_k": 5}, {"top_p": 0.8}], ids=["free", "k", "p"])
+def test_speculation_samples_the_tokens_of_ar(more):
+    """Drafts change how many passes a sample takes, and nothing of the sample."""
+    model, params = tiny(sharpness=3.0)
+    ask = partial(generate, model, params, ROWS, max_new_tokens=BUDGET, key=jax.random.key(3))
+    alone = ask(recipe=recipes.ar(temperature=0.7, **more))
+    drafted = ask(recipe=recipes.self_speculative(width=2, temperature=0.7, **more))
+    assert answers(drafted) == answers(alone)
+    np.testing.assert_allclose(drafted.logprobs, alone.logprobs, atol=1e-4)
+    assert (drafted.nfe < alone.nfe).any()
+
+
 def test_temperature_zero_with_a_key_is_greedy():
     for greedy in (recipes.self_speculative(width=2), recipes.block_diffusion(block_size=4)):
         plain = generate(MODEL, PARAMS, ROWS, recipe=greedy, max_new_tokens=BUDGET)

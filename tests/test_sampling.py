@@ -1,5 +1,7 @@
 """Filters against their plain definition; draws that depend on (key, position, stream) alone."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import scipy.stats
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from dllm_jax.ops.sampling import Sampling, draw, probabilities, uniform
+from dllm_jax.ops.sampling import Sampling, draw_with, keys_at, probabilities, uniform
 
 VOCAB = 8
 TRACES = []
@@ -93,7 +95,9 @@ def test_numbers_do_not_compile_again():
     assert len(jax.tree.leaves(Sampling())) == 3
 
 
-draws = jax.jit(draw, static_argnums=2)
+@partial(jax.jit, static_argnums=2)
+def draws(keys, positions, stream, probs):
+    return draw_with(keys_at(keys, positions, stream), probs)
 
 
 def test_draws_follow_the_distribution():
@@ -114,7 +118,7 @@ def test_draws_follow_the_distribution():
     assert abs(agree - jnp.square(probs).sum()) < 0.05, "rows draw the same numbers"
 
 
-both = jax.jit(lambda k, p, probs: (draw(k, p, 1, probs), uniform(k, p, 1)))
+both = jax.jit(lambda k, p, probs: (draws(k, p, 1, probs), uniform(k, p, 1)))
 
 
 def test_a_draw_depends_on_key_position_and_stream_alone():

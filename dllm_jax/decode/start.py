@@ -66,8 +66,6 @@ def initial(model, prompt: Prompt, recipe: Recipe, budget, keys, size: int) -> D
     else:
         slots, reach = length, end
         parts["drafts"] = jnp.zeros((batch, recipe.width), jnp.int32)
-        sampled = 0 if keys is None else config.vocab_size
-        parts["draft_probs"] = jnp.zeros((batch, recipe.width, sampled), jnp.float32)
     cache = model.cache(rows, slots) if slots else KVCache((), jnp.zeros(rows, jnp.int32))
     zeros = jnp.zeros(batch, jnp.int32)
     empty = {
@@ -76,7 +74,6 @@ def initial(model, prompt: Prompt, recipe: Recipe, budget, keys, size: int) -> D
         "last": jnp.zeros((0, 1, 0)),
         "forced": jnp.zeros((batch, 0), jnp.int32),
         "drafts": jnp.zeros((batch, 0), jnp.int32),
-        "draft_probs": jnp.zeros((batch, 0, 0), jnp.float32),
     }
     return DecodeState(
         tokens=tokens,

@@ -39,7 +39,6 @@ class DecodeState:
     previous: jax.Array  # int32[B, T]: the most probable tokens of the step before
     forced: jax.Array  # int32[B, L]: the tokens to write, whatever the model says (scoring)
     drafts: jax.Array  # int32[B, W]: guesses at the tokens behind `written` (speculation)
-    draft_probs: jax.Array  # float32[B, W, V] when sampling: their distributions
     cache: KVCache  # of R rows: B, or 2 * B with guidance, those without the prompt behind
     stop: jax.Array  # int32[B]: RUNNING, END_OF_TURN or LENGTH
     nfe: jax.Array  # int32[B]: forward passes that the row took part in, the prefill included

@@ -7,7 +7,10 @@ The pass of a row whose last token is x, with drafts d1 d2 (width 2), m a mask:
     predicts  d1 d2 .  | behind each outcome: 0, 1 or 2 drafts right, the token that follows is the
                          first mask's place, so the masks predict the `width` tokens behind it
 
-With width 0 this is autoregressive decoding.
+With width 0 this is autoregressive decoding. So is what any width writes, token for token, samples
+too: what a position's check draws is the token, and a draft holds if it is the same. Both draw with
+the noise of the position, which makes them agree nearly as often as anything could (Daliri et al.
+2024, arXiv 2408.07978), and needs the distributions of neither.
 """
 
 import dataclasses
@@ -17,14 +20,15 @@ import jax.numpy as jnp
 
 from dllm_jax.cache import append, cut
 from dllm_jax.decode.state import DecodeState, gather, is_end, stopped, window, without_mask, write
-from dllm_jax.nn.head import logits_of, mask_in_vocabulary, stats_of
+from dllm_jax.nn.head import logits_of, mask_in_vocabulary, scores_of, stats_of
 from dllm_jax.nn.transformer import Transformer, forward
-from dllm_jax.ops.sampling import draw, probabilities, uniform
+from dllm_jax.ops.sampling import draw_with, is_filtered, keys_at, probabilities, warmth
 from dllm_jax.recipes import Verified
 from dllm_jax.typing import Key, Params
 from pallas_kernels import BlockMask
 
-_ACCEPT, _TOKEN, _DRAFT = 0, 1, 2  # streams of noise
+_TOKEN = 1  # stream of noise
+_AT_ONCE = 8  # positions whose scores exist at a time, where they must
 
 
 def first_steps(model, params, recipe: Verified, keys, state: DecodeState, width: int):
@@ -94,25 +98,10 @@ def _settle(model, params, recipe, keys, state: DecodeState, count: int, hidden,
       hidden: [B, 1 + count, D]: row i predicts the token at `written + i`.
       groups: [B, 1 + count, W, D]: masks behind each outcome.
     """
-    drafts, draft_probs = state.drafts[:, :count], state.draft_probs[:, :count]
+    drafts = state.drafts[:, :count]
     at = state.written[:, None] + jnp.arange(count + 1)
-    if keys is None:
-        tokens, nats = _best(model, params, hidden)
-        holds = tokens[:, :count] == drafts
-    else:
-        logits = _scores(model, params, hidden)
-        probs = probabilities(logits, recipe.sampling)
-        rows = jnp.take_along_axis
-        p = rows(probs[:, :count], drafts[..., None], axis=-1)[..., 0]
-        q = rows(draft_probs, drafts[..., None], axis=-1)[..., 0]
-        holds = uniform(keys, at[:, :count], _ACCEPT) * q < p
-        # Where a draft falls, the token comes from what the draft's distribution lacks: (p - q)+.
-        rest = jnp.maximum(probs[:, :count] - draft_probs, 0)
-        rest = jnp.concatenate([rest, probs[:, count:]], axis=1)
-        rest = jnp.where(rest.sum(axis=-1, keepdims=True) > 0, rest, probs)
-        fresh = draw(keys, at, _TOKEN, rest)
-        tokens = jnp.where(_pad(holds), _pad(drafts), fresh)
-        nats = rows(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]
+    tokens, nats = _said(model, params, recipe, keys, at, hidden)
+    holds = tokens[:, :count] == drafts
     right = jnp.cumprod(holds.astype(jnp.int32), axis=1).sum(axis=1)  # how many, from the left
     kept = _kept(state, tokens, right + 1, model.config.eos_ids)
     keep = jnp.arange(count + 1) < kept[:, None]
@@ -123,27 +112,40 @@ def _settle(model, params, recipe, keys, state: DecodeState, count: int, hidden,
     if not recipe.width:
         return state
     chosen = jnp.take_along_axis(groups, right[:, None, None, None], axis=1)[:, 0]
-    if keys is None:
-        return dataclasses.replace(state, drafts=_best(model, params, chosen)[0])
-    probs = probabilities(_scores(model, params, chosen), recipe.sampling)
     at = state.written[:, None] + jnp.arange(recipe.width)
-    return dataclasses.replace(state, drafts=draw(keys, at, _DRAFT, probs), draft_probs=probs)
+    drafts, _ = _said(model, params, recipe, keys, at, chosen)
+    return dataclasses.replace(state, drafts=drafts)
 
 
-def _best(model, params, hidden) -> tuple[jax.Array, jax.Array]:
-    """The most probable token at each position, and its log-probability."""
-    found = stats_of(model, params, hidden, forbidden=mask_in_vocabulary(model.config))
-    return found.ids[..., 0], found.scores[..., 0] - found.log_z
+def _said(model, params, recipe: Verified, keys, at, hidden) -> tuple[jax.Array, jax.Array]:
+    """The token at each position `at` [B, C], and its log-probability before the temperature.
 
+    The most probable one, or a sample whose noise is of the position alone: a draft and the check
+    of it share theirs. Only a filter (top-k, top-p) asks for all scores, a few positions at a time.
+    """
+    barred, sampling = mask_in_vocabulary(model.config), recipe.sampling
+    if keys is None:
+        found = stats_of(model, params, hidden, forbidden=barred)
+        return found.ids[..., 0], found.scores[..., 0] - found.log_z
+    noise = keys_at(keys, at, _TOKEN)
+    found = stats_of(
+        model, params, hidden, forbidden=barred, keys=noise, temperature=warmth(sampling)
+    )
+    assert found.drawn is not None
+    cold = jnp.asarray(sampling.temperature) <= 0
+    free = jnp.where(cold, found.ids[..., 0], found.drawn.ids)
 
-def _scores(model, params, hidden) -> jax.Array:
-    """Logits, float32[..., V]; a mask token inside the vocabulary is never to be written."""
-    return without_mask(logits_of(model, params, hidden), model.config.mask_id)
+    def one(position) -> jax.Array:
+        hidden, noise = position
+        logits = without_mask(logits_of(model, params, hidden), model.config.mask_id)
+        return draw_with(noise, probabilities(logits, sampling))
 
+    def filtered() -> jax.Array:
+        flat = hidden.reshape(-1, hidden.shape[-1]), noise.reshape(-1, 2)
+        return jax.lax.map(one, flat, batch_size=_AT_ONCE).reshape(at.shape)
 
-def _pad(x: jax.Array) -> jax.Array:
-    """One more column of zeros: the token behind the last draft was not drafted."""
-    return jnp.pad(x, ((0, 0), (0, 1)))
+    tokens = jax.lax.cond(is_filtered(sampling), filtered, lambda: free)
+    return tokens, scores_of(model, params, hidden, tokens) - found.log_z
 
 
 def _kept(state: DecodeState, tokens, count, eos_ids) -> jax.Array:

@@ -87,23 +87,8 @@ def _filter(logits, sampling: Sampling):
     return jnp.where(logits >= floor, logits, -jnp.inf)
 
 
-def draw(
-    keys: Key,
-    positions: Int[Array, "B Q"],
-    stream: int,
-    probs: Float[Array, "B Q V"],
-    step: Int[Array, "B"] | None = None,
-) -> Int[Array, "B Q"]:
-    """One token for each row and position, by the Gumbel-max trick.
-
-    The noise is a function of (the row's key, position, stream, the row's step) and the token's id
-    only: padding, neighbours and the number of positions drawn at once do not change it.
-    """
-    return draw_with(keys_at(keys, positions, stream, step), probs)
-
-
 def draw_with(noise: UInt[Array, "*B 2"], probs: Float[Array, "*B V"]) -> Int[Array, "*B"]:
-    """One token of each distribution, given the keys of its noise (`keys_at`)."""
+    """One token of each distribution, by the Gumbel-max trick; `noise`: its keys (`keys_at`)."""
     ids = jnp.arange(probs.shape[-1], dtype=jnp.uint32)
     race = jnp.log(probs) + gumbel(noise[..., :1], noise[..., 1:], ids)
     return jnp.argmax(race, axis=-1).astype(jnp.int32)
@@ -112,9 +97,11 @@ def draw_with(noise: UInt[Array, "*B 2"], probs: Float[Array, "*B V"]) -> Int[Ar
 def keys_at(
     keys: Key, positions: Int[Array, "B Q"], stream: int, step: Int[Array, "B"] | None = None
 ) -> UInt[Array, "B Q 2"]:
-    """The key of the noise at each position, as in `draw`, for `pallas_kernels.token_stats`.
+    """The key of the noise at each position, for `draw_with` and `pallas_kernels.token_stats`.
 
-    Two words: of generators with more (rbg), the first two, which are those of threefry.
+    A function of (the row's key, position, stream, the row's step) only: padding, neighbours and
+    the number of positions drawn at once do not change it. Two words: of generators with more
+    (rbg), the first two, which are those of threefry.
     """
     return jax.random.key_data(_at(keys, positions, stream, step))[..., :2]
 
@@ -122,7 +109,7 @@ def keys_at(
 def uniform(
     keys: Key, positions: Int[Array, "B Q"], stream: int, step: Int[Array, "B"] | None = None
 ) -> Float[Array, "B Q"]:
-    """One number in [0, 1) for each row and position, keyed as in `draw`."""
+    """One number in [0, 1) for each row and position, keyed as in `keys_at`."""
     return jax.vmap(jax.vmap(jax.random.uniform))(_at(keys, positions, stream, step))
 
 
