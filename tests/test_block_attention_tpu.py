@@ -189,8 +189,10 @@ def test_steps_read_what_is_seen_and_no_more():
     ends, holes = np.array([0, 5, 40, 64]), np.array([(0, 0), (0, 0), (8, 32), (0, 64)])
     mask = BlockMask.bidirectional(4)
 
-    def listed(**more):
-        found = worklist.steps(mask, 4, 16, 64, cache_end=jnp.asarray(ends), **more)
+    def listed(chosen=None, **more):
+        more["cache_end"] = jnp.asarray(ends)
+        hole, seen = more.get("hole"), worklist.reach(mask, 4, **more)
+        found = worklist.steps(seen, jnp.full(4, 4), 16, 64, hole=hole, chosen=chosen)
         found = jax.tree.map(np.asarray, found)
         rows = zip(found.row, found.source, found.tile, found.flags, strict=True)
         return [tuple(map(int, x)) for x in rows][: int(found.total)]
@@ -224,10 +226,10 @@ def test_what_it_does_not_take_is_named():
 
     assert why() is None
     assert why(dtype="bfloat16", size=512, entries=256, heads=8) is None
-    assert "per query" in why(ends=(2, 4))
+    assert why(ends=(2, 4), cached="int8") is None
     assert "257 entries" in why(entries=257)
     assert "not float16" in why(dtype="float16")
-    assert "int8" in why(cached="int8")
+    assert "bfloat16 and float32" in why(dtype="bfloat16", cached="float32")
     assert "head size 80" in why(size=80)
     assert "tile=12" in why(tile=12)
     assert "bytes of vector memory" in why(entries=256, heads=128, size=512)

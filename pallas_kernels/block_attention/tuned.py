@@ -25,28 +25,38 @@ class Tiling(NamedTuple):
     rows: int  # query rows of one update, at most
 
 
-# (kind of device, query rows of a kv head, head size, dtype) -> what is faster there.
+# (kind of device, query rows of a kv head up to a power of two, head size, dtype of the cache) ->
+# what is faster there.
 TUNED: dict[tuple[str, int, int, str], Tiling] = {}
 
 
-def tiling(rows: int, head: int, dtype, slots: int, tile: int | None = None) -> Tiling:
+def tiling(rows: int, head: int, dtype, slots: int, tile: int | None = None,
+           piece: int = 0) -> Tiling:  # fmt: skip
     """Tiling for `rows` query rows of a kv head against a cache of `slots` slots of `2 * head`.
 
     Args:
       rows: queries times query heads of one kv head.
-      head: its size.
+      head: its size, as it lies in the cache.
+      dtype: of the cache.
       tile: slots of a grid step, if the caller knows better.
+      piece: slots that a whole number of tiles must fill; 0: any.
     """
     dtype = jnp.dtype(dtype)
-    found = TUNED.get((_device(), rows, head, dtype.name))
+    found = TUNED.get((_device(), _bucket(rows), head, dtype.name))
     if found is None:
         size, part = _CUTS.get(_device(), _OTHER)
         slots_moved = size // (2 * head * dtype.itemsize) // _LANES * _LANES
         once = _LANES if -(-rows // _LANES) % 2 else 2 * _LANES  # as the rows pad least
         found = Tiling(min(max(slots_moved, _LANES), _MOST_SLOTS), part, once)
-    longest = -(-slots // _LANES) * _LANES
-    tile = min(found.tile, longest) if tile is None else tile
+    if tile is None:
+        longest = -(-slots // _LANES) * _LANES
+        tile = _divisor(piece, found.tile) if piece else min(found.tile, longest)
     return Tiling(tile, _divisor(tile, found.part), found.rows)
+
+
+def _bucket(rows: int) -> int:
+    """The next power of two: what `TUNED` knows of so many query rows."""
+    return 1 << (rows - 1).bit_length()
 
 
 def _device() -> str:
