@@ -1,4 +1,4 @@
-"""Whether a program that is being traced can hold TPU kernels."""
+"""What a program that is being traced is for, and whether it can hold TPU kernels."""
 
 import functools
 import logging
@@ -21,6 +21,12 @@ def is_tpu() -> bool:
     if mesh.empty:
         return jax.device_count() == 1
     return mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names)
+
+
+def device_kind() -> str:
+    """The kind of device that is compiled for: of the mesh in scope, or the one that is here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device else jax.devices()[0].device_kind
 
 
 @functools.cache

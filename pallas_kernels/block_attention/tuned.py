@@ -4,10 +4,13 @@ A grid step of the kernel costs scalar work whatever it reads, so a tile is as l
 its transfer to hide that; a longer one only makes the last tile of every row waste more.
 """
 
+import json
+from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
+
+from pallas_kernels.platform import device_kind
 
 # Bytes of a grid step, of which two are in flight, and slots of a softmax update. Slower memory
 # needs less in flight; a longer update hides its products better, and spills more registers.
@@ -25,9 +28,14 @@ class Tiling(NamedTuple):
     rows: int  # query rows of one update, at most
 
 
-# (kind of device, query rows of a kv head up to a power of two, head size, dtype of the cache) ->
-# what is faster there.
-TUNED: dict[tuple[str, int, int, str], Tiling] = {}
+# What is faster than the heuristic, by `key`; scripts/bench/tune_kernels.py writes it on a device.
+TUNED: dict[str, list[int]] = json.loads(Path(__file__).with_suffix(".json").read_text())
+
+
+def key(rows: int, head: int, dtype) -> str:
+    """What `TUNED` calls such a call on the device that is compiled for; rows by powers of two."""
+    rows = 1 << (rows - 1).bit_length()
+    return f"{device_kind()}, {rows} rows, head {head}, {jnp.dtype(dtype).name}"
 
 
 def tiling(rows: int, head: int, dtype, slots: int, tile: int | None = None,
@@ -42,9 +50,11 @@ def tiling(rows: int, head: int, dtype, slots: int, tile: int | None = None,
       piece: slots that a whole number of tiles must fill; 0: any.
     """
     dtype = jnp.dtype(dtype)
-    found = TUNED.get((_device(), _bucket(rows), head, dtype.name))
-    if found is None:
-        size, part = _CUTS.get(_device(), _OTHER)
+    known = TUNED.get(key(rows, head, dtype))
+    if known is not None:
+        found = Tiling(*known)
+    else:
+        size, part = _CUTS.get(device_kind(), _OTHER)
         slots_moved = size // (2 * head * dtype.itemsize) // _LANES * _LANES
         once = _LANES if -(-rows // _LANES) % 2 else 2 * _LANES  # as the rows pad least
         found = Tiling(min(max(slots_moved, _LANES), _MOST_SLOTS), part, once)
@@ -52,17 +62,6 @@ def tiling(rows: int, head: int, dtype, slots: int, tile: int | None = None,
         longest = -(-slots // _LANES) * _LANES
         tile = _divisor(piece, found.tile) if piece else min(found.tile, longest)
     return Tiling(tile, _divisor(tile, found.part), found.rows)
-
-
-def _bucket(rows: int) -> int:
-    """The next power of two: what `TUNED` knows of so many query rows."""
-    return 1 << (rows - 1).bit_length()
-
-
-def _device() -> str:
-    """The kind of device that is compiled for: of the mesh in scope, or the one that is here."""
-    abstract = jax.sharding.get_abstract_mesh().abstract_device
-    return abstract.device_kind if abstract else jax.devices()[0].device_kind
 
 
 def _divisor(tile: int, most: int) -> int:
