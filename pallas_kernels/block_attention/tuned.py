@@ -16,7 +16,9 @@ from pallas_kernels.platform import device_kind
 # needs less in flight; a longer update hides its products better, and spills more registers.
 _CUTS = {"TPU v5 lite": (1 << 19, 256), "TPU v5e": (1 << 19, 256)}
 _OTHER = 1 << 20, 512
-_MOST_SLOTS = 2048  # small heads are not bound by memory, and waste a longer tile
+# An int8 tile takes longer to compute than to arrive: a longer one fills and drains the units less.
+_INT8 = 1 << 20, 256
+_MOST_SLOTS = 2048  # small heads are not bound by memory, and waste a longer tile; int8: twice that
 _LANES = 128
 
 
@@ -54,10 +56,12 @@ def tiling(rows: int, head: int, dtype, slots: int, tile: int | None = None,
     if known is not None:
         found = Tiling(*known)
     else:
-        size, part = _CUTS.get(device_kind(), _OTHER)
+        widened = dtype == jnp.int8
+        size, part = _INT8 if widened else _CUTS.get(device_kind(), _OTHER)
         slots_moved = size // (2 * head * dtype.itemsize) // _LANES * _LANES
         once = _LANES if -(-rows // _LANES) % 2 else 2 * _LANES  # as the rows pad least
-        found = Tiling(min(max(slots_moved, _LANES), _MOST_SLOTS), part, once)
+        most = _MOST_SLOTS * (1 + widened)
+        found = Tiling(min(max(slots_moved, _LANES), most), part, once)
     if tile is None:
         longest = -(-slots // _LANES) * _LANES
         tile = _divisor(piece, found.tile) if piece else min(found.tile, longest)

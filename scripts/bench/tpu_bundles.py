@@ -59,7 +59,7 @@ SHAPES = {
     "block 32, Fast-dLLM v2 7B": [Shape(32, 28, 4, 128)],
     "block 32, SmolLM2": [Shape(32, 9, 3, 64)],
     "block 32, 4 heads a kv head, 128, int8": [
-        Shape(32, 16, 4, 128, tile, "int8") for tile in (None, 1024, 4096)
+        Shape(32, 16, 4, 128, tile, "int8") for tile in (None, 1024, 2048)
     ],
     "block 32, LLaDA-8B, int8": [Shape(32, 32, 32, 128, cache="int8")],
 }
