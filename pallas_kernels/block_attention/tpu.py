@@ -154,10 +154,10 @@ def takes(q, k, mask: BlockMask, *, cache=None, cache_end=None, chosen=None, own
 
 def _specify(q, mask: BlockMask, cache, chosen, own: bool, tile: int | None) -> Spec:
     entries, heads, kv_heads, slots = min(q.shape[1], MOST_ENTRIES), q.shape[2], *cache.shape[2:4]
-    group, sublanes = heads // kv_heads, _SUBLANES[q.dtype.name]
-    rows, size = _pad(entries * group, sublanes), cache.shape[4] // 2
+    group, size, sublanes = heads // kv_heads, cache.shape[4] // 2, _SUBLANES[q.dtype.name]
     piece = 0 if chosen is None else slots // chosen.shape[1]
-    sizes = tiling(rows, size, cache.dtype, slots, tile, piece)
+    sizes = tiling(entries * group, size, cache.dtype, slots, tile, piece)
+    rows = _pad(entries * group, sublanes)
     once = min(rows, sizes.rows)
     return Spec(
         mask=mask, entries=entries, group=group, size=size, own=own * _pad(entries, sublanes),
