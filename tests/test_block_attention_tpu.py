@@ -231,12 +231,17 @@ def test_parts_of_a_tile_and_stretches_of_queries():
     check(mask, arrays, kv, more, tile=1024)
 
 
-def test_nothing_is_read_that_is_not_seen():
+@pytest.mark.parametrize("widened", [False, True])
+def test_nothing_is_read_that_is_not_seen(widened):
     """The interpreter that moves every tile by its own copy, with memory that begins as NaN."""
-    mask = BlockMask.block_causal(4, 2)
-    arrays, kv, more = case(mask, 4, [0, 30, 48], slots=48, holes=[(0, 0), (3, 29), (16, 32)])
+    mask, holes = BlockMask.block_causal(4, 2), [(0, 0), (3, 29), (16, 32)]
+    ends, slots, tile, chosen = np.array([0, 30, 48]), 48, 16, None
+    if widened:
+        ends, slots, tile = np.maximum(ends[:, None] + np.arange(4) - 3, 0), 96, 32
+        chosen = np.array([[1, 1, 1], [1, 0, 0], [0, 1, 1]], bool)
+    arrays, kv, more = case(mask, 4, ends, slots=slots, holes=holes, chosen=chosen, widened=widened)
     params = pltpu.InterpretParams(uninitialized_memory="nan", out_of_bounds_reads="raise")
-    check(mask, arrays, kv, more, window=18, interpret=params)
+    check(mask, arrays, kv, more, window=18, tile=tile, interpret=params)
 
 
 def test_soft_cap_and_logarithm_of_the_sum():
@@ -349,31 +354,34 @@ def test_what_it_does_not_take_is_named():
 
 
 @pytest.mark.parametrize(
-    ("entries", "heads", "kv_heads", "size", "slots"),
+    ("entries", "heads", "kv_heads", "size", "slots", "widened"),
     [
-        (32, 32, 32, 128, 4096),
-        (32, 28, 4, 128, 32768),
-        (256, 16, 8, 256, 8192),
-        (4, 9, 3, 64, 2048),
+        (32, 32, 32, 128, 4096, True),
+        (32, 28, 4, 128, 32768, False),
+        (256, 16, 8, 256, 8192, False),
+        (4, 9, 3, 64, 2048, True),
     ],
 )
-def test_it_lowers_for_a_tpu(entries, heads, kv_heads, size, slots):
+def test_it_lowers_for_a_tpu(entries, heads, kv_heads, size, slots, widened):
     """Block shapes and operations that the TPU compiler takes; the compiler itself is not asked."""
     shape = jax.ShapeDtypeStruct
     arrays = [shape((4, entries, n, size), jnp.bfloat16) for n in (heads, kv_heads, kv_heads)]
-    cache = shape((2, 4, kv_heads, slots, 2 * size), jnp.bfloat16)
+    cache = shape((2, 4, kv_heads, slots, 2 * size), jnp.int8 if widened else jnp.bfloat16)
     number, row = shape((), jnp.int32), shape((4,), jnp.int32)
+    scale = shape((2, 4, kv_heads, 2), jnp.float32) if widened else None
+    end, chosen = (shape((4, entries), jnp.int32), shape((4, 32), bool)) if widened else (row, None)
 
-    def kernel(q, k, v, cache, layer, end, first, length):
+    def kernel(q, k, v, cache, scale, chosen, layer, end, first, length):
         return tpu.block_attention(
-            q, k, v, BlockMask.bidirectional(entries), cache=cache, layer=layer, cache_end=end,
-            hole=(first, first + entries), lengths=length, window=1024,
+            q, k, v, BlockMask.bidirectional(entries), cache=cache, cache_scale=scale, layer=layer,
+            cache_end=end, chosen=chosen, hole=(first, first + entries), lengths=length,
+            window=1024,
         )  # fmt: skip
 
     device = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
     mesh = AbstractMesh((1,), ("x",), (AxisType.Explicit,), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
-        traced = jax.jit(kernel).trace(*arrays, cache, number, row, row, row)
+        traced = jax.jit(kernel).trace(*arrays, cache, scale, chosen, number, end, row, row)
         lowered = traced.lower(lowering_platforms=("tpu",))
     assert "tpu_custom_call" in lowered.as_text()
 

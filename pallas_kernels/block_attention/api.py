@@ -45,7 +45,8 @@ def block_attention(
       cache_end: valid slots of each row, or of each query; slots past it are neither read nor
         trusted.
       cache_scale: of an int8 cache: what a unit of each row's and kv head's keys, and of its
-        values, stands for, positive. `[Ly, B, K, 2]` with `layer`.
+        values, stands for; positive, even where nothing is stored yet. `[Ly, B, K, 2]` with
+        `layer`.
       chosen: which of M equal pieces of the cache each row reads; the others are not read. All by
         default.
       hole: slots [first, second) of each row's cache that are not read, because the entries of this
