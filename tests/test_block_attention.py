@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import BlockMask, block_attention, block_attention_lse
+from pallas_kernels.block_attention.quantised import dequantise, quantise
 
 
 def dense_attention(q, k, v, allow, scale=None):
@@ -118,6 +119,47 @@ def test_a_prefix_of_its_own_for_each_query():
         np.testing.assert_allclose(both[:, part], alone, atol=1e-6)
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_bytes_in_chosen_pieces_of_a_padded_cache(own):
+    """An int8 cache with room beside each head, of which rows read some pieces."""
+    rng = np.random.default_rng(3)
+    mask, entries, slots, size, half = BlockMask.dual_stream(2, 2, stride=0, offset=2), 4, 12, 8, 10
+    q = rng.normal(size=(3, entries, 4, size)).astype(np.float32)
+    k, v = rng.normal(size=(2, 3, entries, 2, size)).astype(np.float32)
+    stored = rng.integers(-127, 128, (3, 2, slots, 2 * half)).astype(np.int8)
+    scale = rng.uniform(0.005, 0.05, (3, 2, 2)).astype(np.float32)
+    ends, chosen = np.array([12, 7, 9]), rng.random((3, 4)) < 0.5
+    out, lse = block_attention_lse(
+        *map(jnp.asarray, (q, k, v)), mask, cache=jnp.asarray(stored), cache_end=jnp.asarray(ends),
+        cache_scale=jnp.asarray(scale), chosen=jnp.asarray(chosen), own=own,
+    )  # fmt: skip
+    prefix = np.moveaxis(stored.reshape(3, 2, slots, 2, half) * scale[:, :, None, :, None], 1, 2)
+    keys = np.concatenate([prefix[:, :, :, 0, :size], k], axis=1)
+    values = np.concatenate([prefix[:, :, :, 1, :size], v], axis=1)
+    seen = (np.arange(slots) < ends[:, None]) & np.repeat(chosen, 3, axis=1)
+    allow = np.concatenate([
+        np.broadcast_to(seen[:, None], (3, entries, slots)),
+        np.broadcast_to(own & np.asarray(mask.dense(entries)), (3, entries, entries)),
+    ], axis=2)  # fmt: skip
+    np.testing.assert_allclose(out, dense_attention(q, keys, values, allow), atol=2e-6)
+    scores = np.einsum("bqnh,bsnh->bqns", q, np.repeat(keys, 2, axis=2)) / size**0.5
+    scores = np.where(allow[:, :, None], scores, -np.inf)
+    np.testing.assert_allclose(lse, scipy.special.logsumexp(scores, axis=-1), atol=2e-6)
+
+
+def test_bytes_are_the_nearest_and_clipped():
+    kv = jax.random.normal(jax.random.key(0), (2, 3, 5, 8))
+    scale = jnp.stack([jnp.abs(x).max((2, 3)) for x in (kv[..., :4], kv[..., 4:])], -1) / 127
+    bytes_of = quantise(kv, scale)
+    off = np.abs(dequantise(bytes_of, scale) - kv).reshape(2, 3, 5, 2, 4)
+    assert (off <= 0.501 * np.asarray(scale)[:, :, None, :, None]).all()
+    assert int(jnp.abs(bytes_of.astype(jnp.int32)).max()) == 127
+    clipped = quantise(9 * kv, scale)
+    np.testing.assert_array_equal(jnp.abs(clipped) == 127, jnp.abs(9 * kv) >= 126.5 * jnp.repeat(
+        scale, 4, axis=-1)[..., None, :])  # fmt: skip
+    assert int(clipped.min()) == -127
+
+
 MASKS = (
     BlockMask.causal(6),
     BlockMask.block_causal(6, 3),
@@ -214,3 +256,18 @@ def test_bad_shapes_are_named():
         block_attention(jnp.zeros((1, 5, 3, 4)), x, x, BlockMask.causal(5))
     with pytest.raises(ValueError, match="window=-1 must be 0"):
         block_attention(x, x, x, BlockMask.causal(5), window=-1)
+    cache, ends = jnp.zeros((1, 2, 6, 8), jnp.int8), jnp.array([3])
+    ask = partial(block_attention_lse, x, x, x, BlockMask.causal(5), cache_end=ends)
+    with pytest.raises(ValueError, match="is what an int8 cache has; this one is int8"):
+        ask(cache=cache)
+    scale = jnp.ones((1, 2, 2))
+    with pytest.raises(ValueError, match="is what an int8 cache has; this one is float32"):
+        ask(cache=jnp.zeros((1, 2, 6, 8)), cache_scale=scale)
+    with pytest.raises(ValueError, match=r"must be \(1, 2, 2\)"):
+        ask(cache=cache, cache_scale=scale[:, :1])
+    with pytest.raises(ValueError, match="6 slots are not 4 equal pieces"):
+        ask(cache=cache, cache_scale=scale, chosen=jnp.ones((1, 4), bool))
+    with pytest.raises(ValueError, match="6 lanes does not hold keys and values of 4"):
+        ask(cache=cache[..., :6], cache_scale=scale)
+    with pytest.raises(ValueError, match="there is none"):
+        block_attention_lse(x, x, x, BlockMask.causal(5), own=False)

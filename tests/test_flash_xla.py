@@ -35,6 +35,12 @@ def case(mask: BlockMask, entries: int, cached: str, window: int, packed: bool, 
         shape = (batch, entries) if cached == "query" else (batch,)
         more["cache_end"] = jnp.asarray(rng.integers(0, slots + 1, shape))
         cache = draw(batch, kv_heads, slots, 2 * size)
+    if cached == "chosen":
+        more["chosen"] = jnp.asarray(rng.integers(0, 2, (batch, slots)), bool)
+        more["own"] = False
+    if cached == "int8":
+        more["cache_scale"] = jnp.asarray(rng.uniform(0.01, 0.02, (batch, kv_heads, 2)), "float32")
+        cache = jnp.asarray(rng.integers(-127, 128, (batch, kv_heads, slots, 2 * size)), jnp.int8)
     if cached == "hole":
         more["hole"] = tuple(jnp.asarray(np.sort(rng.integers(0, slots + 1, (2, batch)), axis=0)))
     if packed:
@@ -56,6 +62,8 @@ def case(mask: BlockMask, entries: int, cached: str, window: int, packed: bool, 
         ("dual_stream", "nothing", 0, True, 0.0, "float32"),
         ("dual_stream", "nothing", 5, False, 2.0, "bfloat16"),
         ("drafts", "row", 5, False, 0.0, "float32"),
+        ("drafts", "chosen", 0, False, 0.0, "float32"),
+        ("causal", "int8", 7, False, 2.0, "float32"),
         ("block_diagonal", "query", 0, False, 2.0, "float32"),
         ("block_diagonal", "query", 4, False, 0.0, "bfloat16"),
     ],
@@ -71,16 +79,16 @@ def test_tiles_are_the_definition(name, cached, window, packed, soft_cap, dtype)
     def run(attention, q, k, v, cache, more):
         def loss(q, k, v, cache):
             out, lse = attention(
-                q, k, v, mask, cache=cache, soft_cap=soft_cap, **{**more, "window": window}
+                q, k, v, mask, cache=cache, soft_cap=soft_cap, window=window, own=own, **more
             )
             known = jnp.where(lse > -jnp.inf, lse, 0.0)
             return (out * weights[0]).sum() + (known * weights[1][..., 0]).sum(), (out, lse)
 
-        return jax.value_and_grad(loss, (0, 1, 2) if cache is None else (0, 1, 2, 3), has_aux=True)(
-            q, k, v, cache
-        )
+        floats = (0, 1, 2) if cache is None or cache.dtype == jnp.int8 else (0, 1, 2, 3)
+        return jax.value_and_grad(loss, floats, has_aux=True)(q, k, v, cache)
 
     more.pop("window")
+    own = more.pop("own", True)
     (_, want), want_grads = run(reference.block_attention, *arrays, more)
     (_, got), got_grads = run(partial(long.block_attention, tile=TILE), *arrays, more)
     close = 1e-5 if dtype == "float32" else 2e-2

@@ -26,6 +26,7 @@ class Seen(NamedTuple):
     hole: jax.Array | None = None  # int32[B, 2]: keys [first, second) are seen by nobody
     queries: jax.Array | None = None  # int32[B, Q]: their segments
     keys: jax.Array | None = None  # int32[B, S]: theirs
+    chosen: jax.Array | None = None  # bool[B, M]: which of M equal pieces of the keys are seen
 
 
 class Static(NamedTuple):
@@ -41,18 +42,18 @@ def attend(static: Static, q, kv, layer, seen: Seen) -> tuple[jax.Array, jax.Arr
 
     Args:
       q: [B, K, G, Q, H], the G query heads of each kv head.
-      kv: keys and values, packed in the last axis, [B, K, S, 2 * H], or [Ly, B, K, S, 2 * H] of
-        all layers, of which `layer` is meant. Read in place. What nobody sees may be anything.
+      kv: keys and values, packed in the last axis, [B, K, S, P], or [Ly, B, K, S, P] of all layers,
+        of which `layer` is meant. Read in place. What nobody sees may be anything.
       layer: its number, or None.
 
     Returns:
       float32 [B, K, G, Q, H], and the logarithm of each query's sum [B, K, G, Q]: zeros and -inf
       where nothing is seen. Both have gradients, to `q` and `kv`.
     """
-    return _forward(static, q, kv, layer, seen)[0]
+    return forward(static, q, kv, layer, seen)[0]
 
 
-def _forward(static: Static, q, kv, layer, seen: Seen):
+def forward(static: Static, q, kv, layer, seen: Seen):
     plan = _Plan(static, q, kv, layer, seen)
 
     def tile(i):
@@ -85,7 +86,8 @@ def _forward(static: Static, q, kv, layer, seen: Seen):
     return (out, lse), (q, kv, layer, seen, out, lse)
 
 
-def _backward(static: Static, saved, grads):
+def backward(static: Static, saved, grads):
+    """Gradients of `attend`, from (its arguments, its results) and the gradients of these."""
     q, kv, layer, seen, out, lse = saved
     plan = _Plan(static, q, kv, layer, seen)
     d_out, d_lse = grads
@@ -121,13 +123,17 @@ def _backward(static: Static, saved, grads):
     d_kv = jnp.zeros((batch, kv_heads, slots, width), jnp.float32)
     d_q = jnp.zeros((plan.count, *plan.tiles.shape[1:]), q.dtype)
     d_kv, d_q = lax.fori_loop(0, plan.count, tile, (d_kv, d_q))
-    d_kv = d_kv.astype(kv.dtype)
-    if layer is not None:
-        d_kv = lax.dynamic_update_index_in_dim(jnp.zeros_like(kv), d_kv, layer, 0)
+    if not jnp.issubdtype(kv.dtype, jnp.floating):
+        d_kv = None
+    elif layer is not None:
+        zeros = jnp.zeros_like(kv)
+        d_kv = lax.dynamic_update_index_in_dim(zeros, d_kv.astype(kv.dtype), layer, 0)
+    else:
+        d_kv = d_kv.astype(kv.dtype)
     return plan.joined(d_q), d_kv, None, jax.tree.map(lambda _: None, seen)
 
 
-attend.defvjp(_forward, _backward)
+attend.defvjp(forward, backward)
 
 
 class _Plan:
@@ -146,6 +152,10 @@ class _Plan:
         fold = lambda x: x.reshape(len(x), self.count, self.rows)  # noqa: E731
         self.start, self.end = fold(end(seen.start, self.slots)), fold(end(seen.end, 0))
         self.segments = None if seen.queries is None else fold(end(seen.queries, 0))
+        self.chosen = None  # bool[B, S]
+        if seen.chosen is not None:
+            pieces = seen.chosen.shape[1]
+            self.chosen = jnp.repeat(seen.chosen, self.slots // pieces, axis=1)
         self.kinds = self._kinds()  # int32[tiles of queries, tiles of keys]: 0 skipped, 1 cut
         there = self.kinds > 0
         self.first = jnp.argmax(there, axis=1).astype(jnp.int32)
@@ -189,6 +199,11 @@ class _Plan:
             own_least, own_most = of(self.segments, jnp.min), of(self.segments, jnp.max)
             some &= (own_least <= most) & (least <= own_most)
             every &= (own_least == most) & (least == own_most) & (least == most)
+        if self.chosen is not None:
+            pad = len(low) * self.width - self.slots
+            chosen = jnp.pad(self.chosen, ((0, 0), (0, pad)), mode="edge")
+            chosen = chosen.reshape(len(chosen), 1, len(low), self.width)
+            some, every = some & chosen.any(axis=3), every & chosen.all(axis=3)
         every &= low + self.width <= self.slots  # the last one may repeat keys
         return jnp.where(every.all(axis=0), 2, jnp.where(some.any(axis=0), 1, 0))
 
@@ -209,8 +224,8 @@ class _Plan:
         start = self._at(j)
         kv = lax.dynamic_slice(self.kv, self._index(start), self._window())
         kv = kv.reshape(kv.shape[-4:]).astype(self.tiles.dtype)
-        size = self.shape[-1]
-        keys, values = kv[..., :size], kv[..., size:]
+        size, half = self.shape[-1], kv.shape[-1] // 2
+        keys, values = kv[..., :size], kv[..., half : half + size]
         if kind == 2:
             return keys, values, None
         slots = start + jnp.arange(self.width)
@@ -222,6 +237,9 @@ class _Plan:
         if self.segments is not None and self.seen.keys is not None:
             own = lax.dynamic_slice_in_dim(self.seen.keys, start, self.width, axis=1)
             visible &= self.segments[:, i, :, None] == own[:, None]
+        if self.chosen is not None:
+            own = lax.dynamic_slice_in_dim(self.chosen, start, self.width, axis=1)
+            visible &= own[:, None]
         # What nobody sees may be anything, and 0 * NaN is NaN.
         values = jnp.where(visible.any(axis=1)[:, None, :, None], values, 0)
         keys = jnp.where(visible.any(axis=1)[:, None, :, None], keys, 0)
@@ -231,7 +249,8 @@ class _Plan:
     def added(self, d_kv, j, d_keys, d_values):
         """The gradient of keys and values with that of tile j added."""
         index = (0, 0, self._at(j), 0)
-        own = jnp.concatenate([d_keys, d_values], axis=-1)
+        rest = ((0, 0),) * 3 + ((0, d_kv.shape[-1] // 2 - d_keys.shape[-1]),)
+        own = jnp.concatenate([jnp.pad(x, rest) for x in (d_keys, d_values)], axis=-1)
         before = lax.dynamic_slice(d_kv, index, own.shape)
         return lax.dynamic_update_slice(d_kv, before + own, index)
 

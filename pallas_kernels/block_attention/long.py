@@ -2,49 +2,46 @@
 
 Part one is over the clean entries, to which each query has an end; part two over the cache, the
 same; part three the noisy groups' own small squares. They merge by the logarithms of their sums.
+The first two are kernels on a TPU.
 """
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 
-from pallas_kernels.block_attention import flash_xla, reference
+from pallas_kernels.block_attention import flash_tpu, flash_xla, reference, tpu, worklist
 from pallas_kernels.block_attention.products import Scores, merged
-from pallas_kernels.block_attention.worklist import place
 from pallas_kernels.masks import BlockMask
 
 
-def block_attention(q, k, v, mask: BlockMask, *, cache=None, layer=None, cache_end=None, hole=None,
-                    lengths=None, segments=None, window=0, scale=None, soft_cap=0.0,
-                    over_clean=None, tile=flash_xla.TILE):  # fmt: skip
+def block_attention(q, k, v, mask: BlockMask, *, cache=None, layer=None, cache_end=None,
+                    cache_scale=None, chosen=None, hole=None, lengths=None, segments=None,
+                    own=True, window=0, scale=None, soft_cap=0.0, kernels=False,
+                    tile=flash_xla.TILE):  # fmt: skip
     """See `pallas_kernels.block_attention`; the output, and the logarithm of each query's sum.
 
     Args:
-      over_clean: part one: a kernel with the arguments and results of `over_clean` below.
-      tile: of queries, and of keys.
+      kernels: whether parts one and two are TPU kernels.
+      tile: of queries, and of keys, in XLA.
     """
-    batch, entries, heads, size = q.shape
-    kv_heads, clean = k.shape[2], mask.clean
-    scores = Scores(size**-0.5 if scale is None else scale, soft_cap)
-    grouped = jnp.moveaxis(q.reshape(batch, entries, kv_heads, heads // kv_heads, size), 1, 3)
-    static = flash_xla.Static(scores, tile)
+    entries, size, kv_heads, clean = q.shape[1], q.shape[3], k.shape[2], mask.clean
+    static = flash_xla.Static(Scores(size**-0.5 if scale is None else scale, soft_cap), tile)
+    grouped = _grouped(q, kv_heads)
     parts = []
-    if clean:
-        options = {"lengths": lengths, "segments": segments, "window": window}
-        if over_clean is None:
-            found = _over_clean(static, grouped, k[:, :clean], v[:, :clean], mask, **options)
-        else:
-            out, lse = over_clean(
-                q, k[:, :clean], v[:, :clean], mask, scale=scores.scale, soft_cap=soft_cap,
-                **options,
-            )  # fmt: skip
-            found = _grouped(out, kv_heads), _grouped(lse[..., None], kv_heads)[..., 0]
-        parts.append(found)
-    if cache is not None and cache_end is not None:
-        seen = _of_cache(mask, entries, cache_end, hole, lengths, window)
-        parts.append(flash_xla.attend(static, grouped, cache, layer, seen))
-    if entries > clean:
+    if clean and own:
+        options = {"lengths": lengths, "segments": segments}
+        over = partial(_clean_tpu if kernels else _clean, static, mask, window)
+        parts.append(over(grouped, k[:, :clean], v[:, :clean], options))
+    if cache is not None:
+        options = {"cache_end": cache_end, "hole": hole, "lengths": lengths, "chosen": chosen}
+        options |= {"layer": layer, "cache_scale": cache_scale}
+        over = partial(_cached_tpu if kernels else _cached, static, mask, window)
+        parts.append(over(grouped, cache, options))
+    if entries > clean and own:
         k, v = (jnp.moveaxis(x[:, clean:], 1, 2) for x in (k, v))
         out, lse = reference.attend_groups(
-            grouped[:, :, :, clean:], k, v, mask.block, scores,
+            grouped[:, :, :, clean:], k, v, mask.block, static.scores,
             None if segments is None else segments[:, clean:],
         )  # fmt: skip
         before = ((0, 0),) * 3 + ((clean, 0),)
@@ -52,36 +49,149 @@ def block_attention(q, k, v, mask: BlockMask, *, cache=None, layer=None, cache_e
             jnp.pad(out, (*before, (0, 0))), jnp.pad(lse, before, constant_values=-jnp.inf)
         ))  # fmt: skip
     out, lse = merged(parts)
-    out = jnp.moveaxis(out, 3, 1).reshape(batch, entries, heads, size).astype(q.dtype)
-    return out, jnp.moveaxis(lse, 3, 1).reshape(batch, entries, heads)
+    return _entries(out).astype(q.dtype), _by_entry(lse)
 
 
-def _over_clean(static, grouped, k, v, mask: BlockMask, *, lengths, segments, window):
-    index = jnp.arange(grouped.shape[3])
+def takes(q, k, mask: BlockMask, *, cache=None, cache_end=None, chosen=None, own=True):
+    """Why the TPU kernels cannot run a call, in a line, or None if they can."""
+    reason = None if cache is not None else "there are neither clean entries nor a cache"
+    if mask.clean and own:
+        reason = flash_tpu.takes(q, k, mask)
+    if cache is not None and reason is None:
+        reason = tpu.takes(q, k, mask, cache=cache, cache_end=cache_end, chosen=chosen, own=False)
+    return reason
+
+
+def _clean(static, mask: BlockMask, window: int, q, k, v, options):
+    """Part one, in XLA: [B, K, G, Q, H] and [B, K, G, Q], float32."""
+    return flash_xla.attend(static, q, _pair(k, v), None, _seen_clean(mask, window, q, options))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _clean_tpu(static, mask: BlockMask, window: int, q, k, v, options):
+    return _clean_forward(static, mask, window, q, k, v, options)[0]
+
+
+def _clean_forward(static, mask: BlockMask, window: int, q, k, v, options):
+    out, lse = flash_tpu.over_clean(
+        _entries(q), k, v, mask, **static.scores._asdict(), window=window, **options
+    )
+    found = _grouped(out, k.shape[2]).astype(jnp.float32), _by_head(lse, k.shape[2])
+    return found, (q, k, v, options, out, lse)
+
+
+def _clean_backward(static, mask: BlockMask, window: int, saved, grads):
+    q, k, v, options, out, lse = saved
+    if flash_tpu.takes(_entries(q), k, mask, gradient=True) is None:
+        d_out, d_lse = _entries(grads[0]), _by_entry(grads[1])
+        d_q, d_k, d_v = flash_tpu.over_clean_backward(
+            _entries(q), k, v, out, lse, d_out, d_lse, mask, **static.scores._asdict(),
+            window=window, **options,
+        )  # fmt: skip
+        return _grouped(d_q, k.shape[2]), d_k, d_v, _none(options)
+    d_q, d_k, d_v = jax.vjp(
+        lambda q, k, v: _clean(static, mask, window, q, k, v, options), q, k, v
+    )[1](grads)
+    return d_q, d_k, d_v, _none(options)
+
+
+_clean_tpu.defvjp(_clean_forward, _clean_backward)
+
+
+def _seen_clean(mask: BlockMask, window: int, q, options) -> flash_xla.Seen:
+    lengths, segments = options["lengths"], options["segments"]
+    index = jnp.arange(q.shape[3])
     valid = jnp.full((1,), mask.clean) if lengths is None else lengths
     end = jnp.minimum(mask.clean_end(index), valid[:, None])
     start = jnp.zeros_like(end)
     if window:
-        start = jnp.maximum(place(mask, index, valid[:, None]) - window + 1, 0)
+        start = jnp.maximum(worklist.place(mask, index, valid[:, None]) - window + 1, 0)
     keys = None if segments is None else segments[:, : mask.clean]
-    seen = flash_xla.Seen(start, end, queries=segments, keys=keys)
-    kv = jnp.moveaxis(jnp.concatenate([k, v], axis=-1), 1, 2)
-    return flash_xla.attend(static, grouped, kv, None, seen)
+    return flash_xla.Seen(start, end, queries=segments, keys=keys)
 
 
-def _of_cache(mask: BlockMask, entries: int, cache_end, hole, lengths, window) -> flash_xla.Seen:
-    batch = len(cache_end)
-    end = jnp.broadcast_to(cache_end.reshape(batch, -1), (batch, entries))
-    start = jnp.zeros_like(end)
-    if window:
-        valid = jnp.full((batch,), mask.clean) if lengths is None else lengths
-        first = end if hole is None else hole[0][:, None]  # position of clean entry 0
-        stands = first + place(mask, jnp.arange(entries), valid[:, None])
-        start = jnp.maximum(stands - window + 1, 0)
-    return flash_xla.Seen(start, end, None if hole is None else jnp.stack(hole, axis=1))
+def _cached(static, mask: BlockMask, window: int, q, cache, options):
+    """Part two, in XLA. The scales of an int8 cache are those of queries and of results."""
+    seen = _seen_cached(mask, window, q, options)
+    layer, scale = options["layer"], options["cache_scale"]
+    if scale is None:
+        return flash_xla.attend(static, q, cache, layer, seen)
+    if layer is not None:
+        scale = jax.lax.dynamic_index_in_dim(scale, layer, keepdims=False)
+    keys, values = (scale[..., i, None, None, None] for i in range(2))
+    out, lse = flash_xla.attend(static, (q * keys).astype(q.dtype), cache, layer, seen)
+    return out * values, lse
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _cached_tpu(static, mask: BlockMask, window: int, q, cache, options):
+    found = dict(options)
+    if found["layer"] is None:
+        cache, found["layer"] = cache[None], jnp.int32(0)
+        found["cache_scale"] = jax.tree.map(lambda x: x[None], found["cache_scale"])
+    queries = _entries(q)
+    out, lse = tpu.block_attention(
+        queries, queries, queries, mask, cache=cache, own=False, window=window,
+        **static.scores._asdict(), **found,
+    )  # fmt: skip
+    return _grouped(out, q.shape[1]).astype(jnp.float32), _by_head(lse, q.shape[1])
+
+
+def _cached_forward(static, mask: BlockMask, window: int, q, cache, options):
+    return _cached_tpu(static, mask, window, q, cache, options), (q, cache, options)
+
+
+def _cached_backward(static, mask: BlockMask, window: int, saved, grads):
+    q, cache, options = saved
+    if jnp.issubdtype(cache.dtype, jnp.floating):
+        run = lambda q, cache: _cached(static, mask, window, q, cache, options)  # noqa: E731
+        return (*jax.vjp(run, q, cache)[1](grads), _none(options))
+    d_q = jax.vjp(lambda q: _cached(static, mask, window, q, cache, options), q)[1](grads)[0]
+    return d_q, None, _none(options)
+
+
+_cached_tpu.defvjp(_cached_forward, _cached_backward)
+
+
+def _seen_cached(mask: BlockMask, window: int, q, options) -> flash_xla.Seen:
+    reach = worklist.reach(
+        mask, q.shape[3], window=window,
+        **{name: options[name] for name in ("cache_end", "hole", "lengths")},
+    )  # fmt: skip
+    start, end = (jnp.broadcast_to(x, (len(q), q.shape[3])) for x in reach)
+    hole = options["hole"]
+    return flash_xla.Seen(
+        start, end, None if hole is None else jnp.stack(hole, axis=1), chosen=options["chosen"]
+    )
+
+
+def _pair(k, v):
+    """Keys and values [B, S, K, H] as a cache has them."""
+    return jnp.moveaxis(jnp.concatenate([k, v], axis=-1), 1, 2)
 
 
 def _grouped(x, kv_heads: int):
     """[B, Q, N, X] as [B, K, G, Q, X]."""
     batch, entries, heads, width = x.shape
     return jnp.moveaxis(x.reshape(batch, entries, kv_heads, heads // kv_heads, width), 1, 3)
+
+
+def _entries(x):
+    """[B, K, G, Q, X] as [B, Q, N, X]."""
+    batch, kv_heads, group, entries, width = x.shape
+    return jnp.moveaxis(x, 3, 1).reshape(batch, entries, kv_heads * group, width)
+
+
+def _by_head(x, kv_heads: int):
+    """[B, Q, N] as [B, K, G, Q]."""
+    return _grouped(x[..., None], kv_heads)[..., 0]
+
+
+def _by_entry(x):
+    """[B, K, G, Q] as [B, Q, N]."""
+    return _entries(x[..., None])[..., 0]
+
+
+def _none(options):
+    """Gradients of what has none."""
+    return jax.tree.map(lambda _: None, options)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.block_attention.products import NEG, Scores, einsum
+from pallas_kernels.block_attention.quantised import dequantise
 from pallas_kernels.masks import BlockMask
 
 
@@ -31,12 +32,14 @@ class _Own(NamedTuple):
     together: jax.Array | None  # bool[B, Q, block]: of one segment
 
 
-def block_attention(q, k, v, mask: BlockMask, *, cache=None, cache_end=None, hole=None,
-                    lengths=None, segments=None, window=0, scale=None, soft_cap=0.0):  # fmt: skip
+def block_attention(q, k, v, mask: BlockMask, *, cache=None, cache_end=None, cache_scale=None,
+                    chosen=None, hole=None, lengths=None, segments=None, own=True, window=0,
+                    scale=None, soft_cap=0.0):  # fmt: skip
     """See `pallas_kernels.block_attention`; the output, and the logarithm of each query's sum.
 
     Args:
-      cache: of the layer, [B, K, S, 2 * H].
+      cache: of the layer, [B, K, S, P].
+      cache_scale: of the layer, [B, K, 2].
     """
     batch, entries, heads, size = q.shape
     kv_heads, clean = k.shape[2], mask.clean
@@ -53,22 +56,27 @@ def block_attention(q, k, v, mask: BlockMask, *, cache=None, cache_end=None, hol
         found = []
         if cache is not None and cache_end is not None:
             stop = jnp.broadcast_to(cache_end.reshape(batch, -1), (batch, entries))[:, lo:hi]
-            if window and hole is None and cache_end.ndim == 1:
+            if window and hole is None and chosen is None and cache_end.ndim == 1:
                 cached, slots = _recent(cache, cache_end, window)
             else:
                 cached, slots = cache, jnp.arange(cache.shape[2])[None]
-            cached = cached.astype(q.dtype)
+            if cache_scale is not None:
+                cached = dequantise(cached, cache_scale)
+            cached, half = cached.astype(q.dtype), cache.shape[3] // 2
             slots = slots[:, None]  # [1 or B, 1, S]
             visible = slots < stop[..., None]
             if hole is not None:
                 visible &= (slots < hole[0][:, None, None]) | (slots >= hole[1][:, None, None])
+            if chosen is not None:
+                visible &= jnp.repeat(chosen, cache.shape[2] // chosen.shape[1], axis=1)[:, None]
             if window:
                 first = stop if hole is None else hole[0][:, None]  # position of clean entry 0
                 visible &= slots > (first + place)[..., None] - window
             # A slot nobody reads may hold anything, and 0 * NaN is NaN: clear its values.
-            values = jnp.where(visible.any(axis=1)[:, None, :, None], cached[..., size:], 0)
+            values = cached[..., half : half + size]
+            values = jnp.where(visible.any(axis=1)[:, None, :, None], values, 0)
             found.append(_Read(cached[..., :size], values, visible))
-        if clean:
+        if clean and own:
             slots = jnp.arange(clean)
             visible = slots < end[..., None]
             if window:
@@ -83,9 +91,11 @@ def block_attention(q, k, v, mask: BlockMask, *, cache=None, cache_end=None, hol
     if clean:
         parts.append(_attend(q[:, :, :, :clean], shape, reads(0, clean)))
     if entries > clean:
-        together = None if segments is None else same_segment(segments[:, clean:], mask.block)
-        own = _Own(k[:, :, clean:], v[:, :, clean:], mask.block, together)
-        parts.append(_attend(q[:, :, :, clean:], shape, reads(clean, entries), own))
+        groups = None
+        if own:
+            together = None if segments is None else same_segment(segments[:, clean:], mask.block)
+            groups = _Own(k[:, :, clean:], v[:, :, clean:], mask.block, together)
+        parts.append(_attend(q[:, :, :, clean:], shape, reads(clean, entries), groups))
     out, lse = (
         jnp.moveaxis(jnp.concatenate(part, axis=3), 3, 1) for part in zip(*parts, strict=True)
     )

@@ -18,7 +18,14 @@ from pallas_kernels.masks import BlockMask
 FIRST, LAST, WHOLE, CUT = 1, 2, 4, 8
 
 # What the numbers of a row are.
-END, HOLE, HOLE_END, BASE, VALID, START = range(6)
+END, HOLE, HOLE_END, VALID, START = range(5)
+
+
+class Reach(NamedTuple):
+    """The slots [first, end) that each query sees, but for a hole and for tiles left out."""
+
+    first: jax.Array  # int32[B, Q], or [B, 1] where the queries of a row are alike
+    end: jax.Array  # likewise
 
 
 class Steps(NamedTuple):
@@ -28,34 +35,46 @@ class Steps(NamedTuple):
     source: jax.Array  # int32[T]: row whose cache it reads
     tile: jax.Array  # int32[T]: of that row's cache
     flags: jax.Array  # int32[T]
-    bounds: jax.Array  # int32[6, B]
+    bounds: jax.Array  # int32[5, B]
     total: jax.Array  # int32: steps that count, the first so many
 
 
-def steps(mask: BlockMask, entries: int, tile: int, slots: int, *, cache_end, hole=None,
-          lengths=None, window: int = 0) -> Steps:  # fmt: skip
-    """The steps of `pallas_kernels.block_attention` over a cache of `slots` in tiles of `tile`."""
-    base = cache_end if hole is None else hole[0]  # the slot of clean entry 0
-    end = jnp.minimum(cache_end, slots)
+def reach(mask: BlockMask, entries: int, *, cache_end, hole=None, lengths=None,
+          window: int = 0) -> Reach:  # fmt: skip
+    """What each query of `pallas_kernels.block_attention` sees of its row's cache."""
+    end = cache_end.reshape(len(cache_end), -1)
+    if not window:
+        return Reach(jnp.zeros_like(end), end)
+    base = end if hole is None else hole[0][:, None]  # the slot of clean entry 0
+    valid = jnp.int32(mask.clean) if lengths is None else lengths[:, None]
+    first = base + place(mask, jnp.arange(entries)[None], valid) - window + 1
+    return Reach(jnp.maximum(first, 0), jnp.broadcast_to(end, first.shape))
+
+
+def steps(seen: Reach, valid, tile: int, slots: int, *, hole=None, chosen=None) -> Steps:
+    """The steps over a cache of `slots` in tiles of `tile`.
+
+    Args:
+      valid: int32[B], clean entries of each row, which are the kernel's to look after.
+      chosen: bool[B, M], which of M equal pieces of the cache are read; `tile` divides a piece.
+    """
+    lowest, start = seen.end.min(axis=1), seen.first.min(axis=1)
+    end, start_all = jnp.minimum(seen.end.max(axis=1), slots), seen.first.max(axis=1)
     none = jnp.zeros_like(end)
     hole, hole_end = (none, none) if hole is None else hole
-    valid = jnp.full_like(end, mask.clean) if lengths is None else lengths
-    start, start_all = none, none  # first slot that some query sees, and from where all do
-    if window:
-        places = place(mask, jnp.arange(entries)[None], valid[:, None])
-        start = jnp.maximum(base + places.min(axis=1) - window + 1, 0)
-        start_all = base + places.max(axis=1) - window + 1
-    bounds = jnp.stack([end, hole, hole_end, base, valid, start]).astype(jnp.int32)
+    bounds = jnp.stack([end, hole, hole_end, valid, start]).astype(jnp.int32)
 
-    end, hole, hole_end, start, start_all = (
-        x[:, None] for x in (end, hole, hole_end, start, start_all)
+    end, lowest, hole, hole_end, start, start_all = (
+        x[:, None] for x in (end, lowest, hole, hole_end, start, start_all)
     )
     lo = jnp.arange(-(-slots // tile))[None] * tile
     hi = lo + tile
     first, last = jnp.maximum(lo, start), jnp.minimum(hi, end)
     active = (first < last) & ~((hole <= first) & (last <= hole_end))
+    if chosen is not None:
+        active &= jnp.repeat(chosen, lo.shape[1] // chosen.shape[1], axis=1)
     apart = (hole >= hole_end) | (hole_end <= lo) | (hole >= hi)
-    whole = (lo >= start_all) & (hi <= end) & apart
+    whole = (lo >= start_all) & (hi <= jnp.minimum(lowest, end)) & apart
     step = active.at[:, 0].set(active[:, 0] | ~active.any(axis=1))  # the own entries need one
     done = jnp.cumsum(step, axis=1)
     flags = FIRST * (done == 1) + LAST * (done == done[:, -1:])

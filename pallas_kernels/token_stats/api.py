@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt
 
-from pallas_kernels.platform import is_tpu, note
+from pallas_kernels.platform import kernels_of, note
 from pallas_kernels.token_stats import tpu, xla
 from pallas_kernels.token_stats.partial import Mass, Partial, merge
 
@@ -107,7 +107,7 @@ def _on(implementation: str | None, hidden, vocabulary, tile) -> Callable[..., P
         if reason:
             raise ValueError(f"the TPU kernel does not take this: {reason}")
         return tpu.stats
-    if implementation == "xla" or not is_tpu():
+    if implementation == "xla" or kernels_of() != "tpu":
         return xla.stats
     if reason:
         note(f"token_stats runs in XLA, not in the TPU kernel: {reason}")

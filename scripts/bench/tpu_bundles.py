@@ -46,6 +46,7 @@ class Shape(NamedTuple):
     kv_heads: int
     size: int
     tile: int | None = None
+    cache: str = "bfloat16"
 
 
 # What the kernel was tuned for, at several tiles, and others at the tile of the heuristic.
@@ -57,6 +58,10 @@ SHAPES = {
     "block 32, LLaDA-8B": [Shape(32, 32, 32, 128)],
     "block 32, Fast-dLLM v2 7B": [Shape(32, 28, 4, 128)],
     "block 32, SmolLM2": [Shape(32, 9, 3, 64)],
+    "block 32, 4 heads a kv head, 128, int8": [
+        Shape(32, 16, 4, 128, tile, "int8") for tile in (None, 1024, 2048)
+    ],
+    "block 32, LLaDA-8B, int8": [Shape(32, 32, 32, 128, cache="int8")],
 }
 
 
@@ -122,7 +127,8 @@ Assumed: {clocks}.
 
 
 def line(report: Report, chip: Chip, shape: Shape, tile: int, cost: Cost, title: str) -> str:
-    cycles = 2 * 2 * max(shape.size, 64) * chip.hertz / chip.bandwidth  # of a slot's transfer
+    item = {"bfloat16": 2, "int8": 1}[shape.cache]
+    cycles = item * 2 * max(shape.size, 64) * chip.hertz / chip.bandwidth  # of a slot's transfer
     shares = [tile * cycles / max(tile * cycles, cost.step + cost.whole)]
     shares += [row_share(cost, row, tile, cycles) for row in report.rows]
     cells = [
@@ -218,19 +224,21 @@ def compile_for(topology: str, shape: Shape) -> int:
     def of(*dims, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(dims, dtype, sharding=placed)
 
-    def attend(q, kv, cache, end):
+    def attend(q, kv, cache, scale, end):
         return tpu.block_attention(
-            q, kv, kv, mask, cache=cache, layer=0, cache_end=end, tile=shape.tile
-        )
+            q, kv, kv, mask, cache=cache, layer=0, cache_end=end, tile=shape.tile,
+            cache_scale=scale if shape.cache == "int8" else None,
+        )  # fmt: skip
 
-    entries, heads, kv_heads, size, tile = shape
+    entries, heads, kv_heads, size, tile, cached = shape
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         traced = jax.jit(attend).trace(
             of(BATCH, entries, heads, size), of(BATCH, entries, kv_heads, size),
-            of(1, BATCH, kv_heads, SLOTS, 2 * size), of(BATCH, dtype=jnp.int32),
+            of(1, BATCH, kv_heads, SLOTS, 2 * size, dtype=cached),
+            of(1, BATCH, kv_heads, 2, dtype=jnp.float32), of(BATCH, dtype=jnp.int32),
         )  # fmt: skip
         traced.lower(lowering_platforms=("tpu",)).compile()
-        return tiling(entries * heads // kv_heads, size, "bfloat16", SLOTS, tile).tile
+        return tiling(entries * heads // kv_heads, size, cached, SLOTS, tile).tile
 
 
 if __name__ == "__main__":
