@@ -130,8 +130,9 @@ def _cached_tpu(static, mask: BlockMask, window: int, q, cache, options):
         cache, found["layer"] = cache[None], jnp.int32(0)
         found["cache_scale"] = jax.tree.map(lambda x: x[None], found["cache_scale"])
     queries = _entries(q)
+    none = queries[:, :, : q.shape[1]]  # keys and values of the entries, which are not read
     out, lse = tpu.block_attention(
-        queries, queries, queries, mask, cache=cache, own=False, window=window,
+        queries, none, none, mask, cache=cache, own=False, window=window,
         **static.scores._asdict(), **found,
     )  # fmt: skip
     return _grouped(out, q.shape[1]).astype(jnp.float32), _by_head(lse, q.shape[1])

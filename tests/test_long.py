@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import BlockMask, block_attention_lse
-from pallas_kernels.block_attention import api, long, reference
+from pallas_kernels.block_attention import api, flash_tpu, long, reference, tpu
 
 TILE = 4
 MASKS = {
@@ -162,3 +162,35 @@ def test_segments_and_a_cache_exclude_each_other():
             x, x, x, BlockMask.causal(4), cache=jnp.zeros((1, 2, 8, 8)), cache_end=jnp.array([3]),
             segments=jnp.zeros((1, 4), jnp.int32),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_kernels_of_a_tpu_make_a_long_pass(cached, monkeypatch):
+    """Through the public function, interpreted: both streams, or a chunk against a cache."""
+    for module, name in (
+        (flash_tpu, "over_clean"), (flash_tpu, "over_clean_backward"), (tpu, "block_attention")
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, partial(getattr(module, name), interpret=True))
+    length = 320 if cached else 24
+    mask = BlockMask.block_causal(length, 8) if cached else BlockMask.dual_stream(length, 8)
+    entries = length if cached else 2 * length
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v = (
+        jax.random.normal(key, (2, entries, n, 64)) for key, n in zip(keys, (2, 1, 1), strict=False)
+    )
+    more = {"lengths": jnp.array([length, 9])}
+    cache = None
+    if cached:
+        cache = jax.random.normal(keys[3], (3, 2, 1, 32, 128))
+        more |= {"cache_end": jnp.array([32, 7]), "layer": jnp.int32(1)}
+
+    def loss(q, k, v, cache, implementation):
+        out, lse = block_attention_lse(
+            q, k, v, mask, cache=cache, implementation=implementation, **more
+        )
+        return (out**2).sum() + jnp.where(lse > -jnp.inf, lse, 0.0).sum()
+
+    floats = (0, 1, 2, 3) if cached else (0, 1, 2)
+    run = jax.jit(jax.value_and_grad(loss, floats), static_argnums=4)
+    got, want = (run(q, k, v, cache, how) for how in ("tpu", "xla"))
+    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5, rtol=1e-4), got, want)
