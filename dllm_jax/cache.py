@@ -23,7 +23,8 @@ _UNROLL = 64  # rows; a loop over more of them compiles faster than so many upda
 class KVCache:
     """Keys and values of each row's decided tokens."""
 
-    kv: Any  # [Ly, B, K, S, 2 * H]; a tuple of such where layers differ in their heads
+    # [Ly, B, K, S, P], P = 2 * H or more (`allocate`); a tuple where layers differ in their heads
+    kv: Any
     lengths: jax.Array  # int32[B]: valid slots of each row
 
     @property
@@ -34,8 +35,13 @@ class KVCache:
 def allocate(
     layers: int, batch: int, kv_heads: int, slots: int, head_dim: int, dtype="float32"
 ) -> KVCache:
-    """An empty cache of `slots` positions a row."""
-    kv = jnp.zeros((layers, batch, kv_heads, slots, 2 * head_dim), dtype)
+    """An empty cache of `slots` positions a row.
+
+    Keys and values of a head that is above 64 and no multiple of it (80, 96) are padded to one: a
+    TPU's kernel reads whole registers.
+    """
+    half = head_dim if head_dim < 64 else -(-head_dim // 64) * 64
+    kv = jnp.zeros((layers, batch, kv_heads, slots, 2 * half), dtype)
     return KVCache(kv, jnp.zeros(batch, jnp.int32))
 
 
@@ -43,7 +49,7 @@ def append(cache: KVCache, kv: Any, counts: Int[Array, "B"]) -> KVCache:
     """Writes `Q` entries behind each row's valid slots and keeps the first `counts[b]` of them.
 
     Args:
-      kv: [Ly, B, K, Q, 2 * H], or a tuple of such, as in the cache.
+      kv: [Ly, B, K, Q, 2 * H], or a tuple of such.
 
     The entries past the count are written too and overwritten by the next append: a row's buffer
     needs `Q` slots behind its length, and `lax.dynamic_update_slice` would shift a write that
@@ -59,11 +65,14 @@ def cut(kv: Any, start: int, stop: int) -> Any:
 
 
 def _write(
-    packed: Float[Array, "Ly B K S H2"], kv: Float[Array, "Ly B K Q H2"], starts: Int[Array, "B"]
-) -> Float[Array, "Ly B K S H2"]:
+    packed: Float[Array, "Ly B K S P"], kv: Float[Array, "Ly B K Q H2"], starts: Int[Array, "B"]
+) -> Float[Array, "Ly B K S P"]:
     if kv.shape[3] > packed.shape[3]:
         raise ValueError(f"{kv.shape[3]} entries do not fit a cache of {packed.shape[3]} slots")
     kv = kv.astype(packed.dtype)
+    if padding := (packed.shape[4] - kv.shape[4]) // 2:
+        halves = kv.reshape(*kv.shape[:4], 2, -1)
+        kv = jnp.pad(halves, ((0, 0),) * 5 + ((0, padding),)).reshape(*kv.shape[:4], -1)
 
     def write(row, packed):
         own = jax.lax.dynamic_slice_in_dim(kv, row, 1, axis=1)

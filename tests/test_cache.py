@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dllm_jax.cache import allocate, append
+from pallas_kernels import BlockMask, block_attention
 
 
 @pytest.mark.parametrize("rows", [3, 70])  # unrolled, and in a loop
@@ -35,3 +36,17 @@ def test_rows_grow_at_their_own_pace_and_take_back(rows):
 def test_more_entries_than_slots_is_an_error():
     with pytest.raises(ValueError, match="5 entries do not fit a cache of 4 slots"):
         append(allocate(1, 1, 1, 4, 2), jnp.zeros((1, 1, 1, 5, 4)), jnp.ones(1, int))
+
+
+@pytest.mark.parametrize("size", [80, 96])
+def test_heads_that_do_not_fill_registers_are_padded_and_read_as_they_are(size):
+    """Decoding from the padded cache is attention over keys and values as they were written."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    new = jax.random.normal(keys[0], (2, 2, 1, 5, 2 * size))
+    cache = append(allocate(2, 2, 1, 8, size), new, jnp.array([5, 3]))
+    assert cache.kv.shape[-1] == 256
+    q, k = (jax.random.normal(key, (2, 3, 1, size)) for key in keys[1:])
+    attend = jax.jit(lambda kv: block_attention(
+        q, k, k, BlockMask.causal(3), cache=kv, layer=jnp.int32(1), cache_end=cache.lengths
+    ))  # fmt: skip
+    np.testing.assert_allclose(attend(cache.kv), attend(new), atol=1e-6)
