@@ -111,7 +111,8 @@ def main(report: Report) -> None:
     rows = [f"row of {row}" for row in report.rows]
     head = ["chip", "shape", "tile", "step", "whole tile", "cut tile", "transfer", "MXU", "VALU",
             "spills", "share of roofline", *rows]  # fmt: skip
-    text = f"""Static model of the TPU kernel of block attention, bfloat16; nothing was timed.
+    text = f"""Static model of the TPU kernel of block attention, bfloat16, the cache int8 where it
+says so; nothing was timed.
 Versions: {versions}.
 
 Bundles of any step of the grid (step) and, besides, of a tile as it is (whole) or masked (cut), the
