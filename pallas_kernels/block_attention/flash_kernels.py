@@ -25,7 +25,7 @@ LOG2E = math.log2(math.e)
 MOST_VMEM = 48 << 20  # bytes there to ask for
 _LEAST_VMEM = 16 << 20  # granted without asking
 _NEG = -0.7 * float(jnp.finfo(jnp.float32).max)
-_BEHIND = 2  # parts between the scores of one and its values
+_BEHIND = 3  # parts between the scores of one and its values
 
 
 class Spec(NamedTuple):
@@ -40,6 +40,7 @@ class Spec(NamedTuple):
     tile_k: int
     part: int  # keys of one softmax update; divides `tile_k`
     item: int  # bytes of a number
+    buffers: int = 2  # of the gradients of keys and values: with one, writing them takes its time
     low: bool = True  # whether some query does not see the first keys
     scale: float = 1.0
     soft_cap: float = 0.0
@@ -62,9 +63,9 @@ class Spec(NamedTuple):
         kept = self.heads * self.tile_q * self.size + 2 * numbers
         if not gradient:
             return 2 * (2 * (queries + keys) * self.item + 4 * numbers) + 4 * (kept + 3 * scores)
+        moved = (3 * queries + 2 * keys) * self.item + 4 * numbers
         held = 2 * self.kv * -(-self.keys // self.tile_k) * self.tile_k * width
-        moved = (3 * queries + 2 * keys) * self.item + 4 * (held + numbers)
-        return 2 * moved + 4 * (kept + 5 * scores)
+        return 2 * moved + 4 * (kept + 5 * scores + self.buffers * held)
 
 
 def forward(spec: Spec, steps: Steps, q, k, v, interpret):
@@ -116,7 +117,11 @@ def backward(spec: Spec, steps: Steps, q, k, v, d_out, sums, interpret):
     batch, heads, _, size = q.shape
     queries, numbers, ranges, keys = _blocks(spec, steps)
     work = batch * heads * len(steps.query) * spec.tile_q * spec.tile_k
-    all_keys = pl.BlockSpec((None, spec.kv, *k.shape[2:]), lambda row, head, *_: (row, head, 0, 0))
+    all_keys = pl.BlockSpec(
+        (None, spec.kv, *k.shape[2:]),
+        lambda row, head, *_: (row, head, 0, 0),
+        pipeline_mode=pl.Buffered(spec.buffers),
+    )
     return pl.pallas_call(
         functools.partial(_backward, spec=spec, steps=len(steps.query), rows=len(steps.flags)),
         out_shape=(

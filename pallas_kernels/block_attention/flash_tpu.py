@@ -5,6 +5,7 @@ makes of itself is merged with it by the logarithms of the sums. A grid step is 
 and keys, for the query heads of one or a few kv heads; which tiles, `flash_steps` says.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -158,10 +159,11 @@ def _cuts(q, k, mask: BlockMask, tile_q, tile_k) -> Iterator[Spec]:
     together = [n for n in range(kv_heads, 1, -1) if not kv_heads % n and n * group <= _HEADS]
     for most in (_TILE, _TILE // 2):
         rows, slots = tile_q or _even(entries, most), tile_k or _even(mask.clean, most)
-        for kv in (*together, 1):
+        for buffers, kv in itertools.product((2, 1), (*together, 1)):
             yield Spec(
                 entries=entries, keys=mask.clean, group=group, kv=kv, size=size, tile_q=rows,
                 tile_k=slots, part=slots if slots % _PART else _PART, item=q.dtype.itemsize,
+                buffers=buffers,
             )  # fmt: skip
 
 
