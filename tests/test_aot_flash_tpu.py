@@ -38,8 +38,19 @@ SHAPES = {
     "SDAR-8B, prefill": Shape(32, 8, 128, BlockMask.block_causal(LENGTH, 4), LENGTH),
     "no shape is round": Shape(6, 2, 128, BlockMask.dual_stream(1000, 8), 2000),
 }
-# The backward pass takes seconds to compile: each model's on a chip, and one on all of them.
-BACKWARD = [("LLaDA2-mini", chip) for chip in CHIPS] + [
+# A program takes seconds to compile: some models' on all chips, and each one's on some.
+FORWARD = [
+    *((name, chip) for name in ("LLaDA-8B", "DiffusionGemma, full", "SmolLM2") for chip in CHIPS),
+    ("LLaDA-8B, float32", "v5e"),
+    ("Fast-dLLM v2 7B", "v5p"),
+    ("LLaDA2-mini", "tpu7x"),
+    ("DiffusionGemma, sliding", "v5e"),
+    ("LLaDA-8B, prefill", "v6e"),
+    ("SDAR-8B, prefill", "v5p"),
+    ("no shape is round", "v5e"),
+]
+BACKWARD = [
+    *(("LLaDA2-mini", chip) for chip in CHIPS),
     ("LLaDA-8B", "v5e"),
     ("LLaDA-8B, float32", "v5p"),
     ("Fast-dLLM v2 7B", "v6e"),
@@ -51,7 +62,10 @@ BACKWARD = [("LLaDA2-mini", chip) for chip in CHIPS] + [
 
 
 def compiled(shape: Shape, chip: str, run):
-    """`run(arrays, how)` for a chip, of a row; and its temporaries in units of the queries."""
+    """Kernels of `run(arrays, **how)` for a row, and its temporaries in units of the queries.
+
+    The compiler holds heads of less than 128 in registers that are not full.
+    """
     q, k = (
         jax.ShapeDtypeStruct((1, length, n, shape.size), shape.dtype)
         for length, n in ((shape.entries, shape.heads), (shape.mask.clean, shape.kv_heads))
@@ -69,12 +83,12 @@ def compiled(shape: Shape, chip: str, run):
     program = compile_for(chip, call, (q, k, k, q, numbers, q, numbers), lengths, segments)
     text = program.as_text().splitlines()
     kernels = sum("custom-call(" in line and "tpu_custom_call" in line for line in text)
-    return kernels, temporary_bytes(program) / (q.size * q.dtype.itemsize)
+    queries = q.size // shape.size * max(shape.size, 128) * q.dtype.itemsize
+    return kernels, temporary_bytes(program) / queries
 
 
 @pytest.mark.aot("tpu")
-@pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(("name", "chip"), FORWARD)
 def test_it_compiles(name, chip):
     """Beside queries, keys, values and results as the kernel has them, nothing is held."""
     kernels, held = compiled(

@@ -278,7 +278,7 @@ def listed_steps(mask, entries, window, lengths, segments):
     )
 
 
-@pytest.mark.parametrize(("name", "window"), zip(MASKS, [7, 0, 0, 0, 7, 1, 30], strict=True))
+@pytest.mark.parametrize(("name", "window"), list(zip(MASKS, [7, 0, 0, 0, 7, 1, 30], strict=True)))
 @given(seed=st.integers(0, 999))
 @settings(max_examples=8)
 def test_steps_are_what_is_seen(name, window, seed):
@@ -311,11 +311,11 @@ def test_steps_are_what_is_seen(name, window, seed):
 
 
 def test_what_it_does_not_take_is_named():
-    def why(heads=2, kv_heads=1, size=64, clean=64, dtype="float32", keys=None, **more):
+    def why(heads=2, kv_heads=1, size=64, clean=64, dtype="float32", keys=None, batch=2, **more):
         shape = jax.ShapeDtypeStruct
         return flash_tpu.takes(
-            shape((2, clean, heads, size), dtype),
-            shape((2, clean, kv_heads, size), keys or dtype),
+            shape((batch, clean, heads, size), dtype),
+            shape((batch, clean, kv_heads, size), keys or dtype),
             BlockMask.causal(clean), **more,
         )  # fmt: skip
 
@@ -328,6 +328,7 @@ def test_what_it_does_not_take_is_named():
     assert "head size 80" in why(size=80)
     assert why(size=512, clean=16384) is None
     assert "bytes of vector memory" in why(size=512, clean=16384, gradient=True)
+    assert "bytes of scalar memory" in why(clean=32768, batch=64)
     arrays = case(BlockMask.causal(4), 4, size=80)[0][:3]
     with pytest.raises(ValueError, match="cannot run this: head size 80"):
         flash_tpu.over_clean(*arrays, BlockMask.causal(4), scale=1.0)
