@@ -23,6 +23,7 @@ from pallas_kernels.block_attention.flash_steps import CUT, FIRST, LAST, STEPPED
 LANES = 128
 LOG2E = math.log2(math.e)
 MOST_VMEM = 48 << 20  # bytes there to ask for
+MOST_SMEM = 3 << 18  # of the lists of steps, of the 1 MiB that there is
 _LEAST_VMEM = 16 << 20  # granted without asking
 _NEG = -0.7 * float(jnp.finfo(jnp.float32).max)
 _BEHIND = 3  # parts between the scores of one and its values
@@ -49,6 +50,11 @@ class Spec(NamedTuple):
     def heads(self) -> int:
         """Query heads of a grid step."""
         return self.kv * self.group
+
+    @property
+    def steps(self) -> int:
+        """Tiles, at most."""
+        return -(-self.entries // self.tile_q) * -(-self.keys // self.tile_k)
 
     @property
     def pre_scale(self) -> float:

@@ -47,7 +47,7 @@ def steps(mask: BlockMask, entries: int, tile_q: int, tile_k: int, part: int, *,
     query = np.concatenate([query, blind])[order]
     key = np.concatenate([key, np.zeros_like(blind)])[order]
     edge = np.append(np.diff(query) != 0, True)
-    flags = FIRST * np.roll(edge, 1) + LAST * edge
+    edges = FIRST * np.roll(edge, 1) + LAST * edge
 
     first, end = spans(mask, entries, lengths=lengths, segments=segments, window=window)
     some = first < end
@@ -55,19 +55,16 @@ def steps(mask: BlockMask, entries: int, tile_q: int, tile_k: int, part: int, *,
     past = ((0, 0), (0, -entries % tile_q))
     first, end, some = (jnp.pad(x, past) for x in (first, end, some))
 
-    def of_step(x):
-        return x[:, query]
+    def of_step(x, reduce):
+        return reduce(x.reshape(len(x), -1, tile_q), axis=2)[:, query]
 
-    by_tile = (len(some), -1, tile_q)
-    least = jnp.where(some, first, mask.clean).reshape(by_tile).min(axis=2)
-    most, up, down = (x.reshape(by_tile) for x in (first, end, end))
-    most, up, down = of_step(most.max(axis=2)), of_step(up.max(axis=2)), of_step(down.min(axis=2))
     lo, hi = key * tile_k, (key + 1) * tile_k
-    active = (of_step(least) < hi) & (lo < up)
-    whole = (most <= lo) & (hi <= down)
+    active = of_step(jnp.where(some, first, mask.clean), jnp.min) < hi
+    active &= lo < of_step(end, jnp.max)
+    whole = (of_step(first, jnp.max) <= lo) & (hi <= of_step(end, jnp.min))
     stepped = _stepped(mask, entries, tile_q, tile_k, part)[query, key]
     kinds = jnp.where(whole, WHOLE, np.where(stepped, STEPPED, CUT))
-    flags = flags + jnp.where(active, kinds, 0)
+    flags = jnp.where(active, kinds, 0) + edges
 
     # The tile of the last step that reads one: a running maximum, as steps are in order.
     count = -(-mask.clean // tile_k)

@@ -14,7 +14,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.block_attention import flash_kernels, flash_steps
-from pallas_kernels.block_attention.flash_kernels import LANES, LOG2E, MOST_VMEM, Spec
+from pallas_kernels.block_attention.flash_kernels import (
+    LANES,
+    LOG2E,
+    MOST_SMEM,
+    MOST_VMEM,
+    Spec,
+)
 from pallas_kernels.masks import BlockMask
 
 _TILE = 512  # queries, and keys
@@ -136,19 +142,26 @@ def takes(q, k, mask: BlockMask, *, gradient=False, tile_q=None, tile_k=None) ->
         )
     if size % 64:
         return f"head size {size} is not a multiple of 64"
-    need = min(x.vmem(gradient) for x in _cuts(q, k, mask, tile_q, tile_k))
-    if need > MOST_VMEM:
-        return f"it needs {need} bytes of vector memory, more than {MOST_VMEM}"
+    spec = _largest(q, k, mask, tile_q, tile_k, gradient)
+    if spec.vmem(gradient) > MOST_VMEM:
+        return f"it needs {spec.vmem(gradient)} bytes of vector memory, more than {MOST_VMEM}"
+    lists = 4 * spec.steps * (2 * q.shape[0] + 1)
+    if lists > MOST_SMEM:
+        return f"its steps may need {lists} bytes of scalar memory, more than {MOST_SMEM}"
     return None
 
 
 def _specify(q, k, mask: BlockMask, tile_q, tile_k, gradient: bool) -> Spec:
-    """The largest step whose vector memory suffices."""
     reason = takes(q, k, mask, gradient=gradient, tile_q=tile_q, tile_k=tile_k)
     if reason is not None:
         raise ValueError(f"the TPU kernel of attention over clean keys cannot run this: {reason}")
-    cuts = _cuts(q, k, mask, tile_q, tile_k)
-    return next(x for x in cuts if x.vmem(gradient) <= MOST_VMEM)
+    return _largest(q, k, mask, tile_q, tile_k, gradient)
+
+
+def _largest(q, k, mask: BlockMask, tile_q, tile_k, gradient: bool) -> Spec:
+    """The largest step whose vector memory suffices, or the smallest."""
+    cuts = list(_cuts(q, k, mask, tile_q, tile_k))
+    return next((x for x in cuts if x.vmem(gradient) <= MOST_VMEM), cuts[-1])
 
 
 def _cuts(q, k, mask: BlockMask, tile_q, tile_k) -> Iterator[Spec]:

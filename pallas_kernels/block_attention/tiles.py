@@ -37,12 +37,12 @@ def tiles(
     hi = lo + tile_k
     some = np.maximum(least[:, None], lo) < np.minimum(end[:, None], hi)
     every = (first[:, None] <= lo) & (hi <= end[:, None])
-    past = -entries % tile_q  # queries of the last tile that do not exist: they see nothing
-    some, every = (
-        np.pad(x, ((0, past), (0, 0))).reshape(-1, tile_q, len(lo)) for x in (some, every)
-    )
-    query, key = np.nonzero(some.any(axis=1))
-    kind = np.where(every.all(axis=1)[query, key], WHOLE, CUT)
+    # Queries of the last tile that do not exist see nothing.
+    shape = -(-entries // tile_q), tile_q, len(lo)
+    past = (0, -entries % tile_q), (0, 0)
+    some, every = np.pad(some, past).reshape(shape), np.pad(every, past).reshape(shape)
+    query, key = np.nonzero(np.any(some, axis=1))
+    kind = np.where(np.all(every, axis=1)[query, key], WHOLE, CUT)
     return query.astype(np.int32), key.astype(np.int32), kind.astype(np.int32)
 
 
