@@ -264,7 +264,6 @@ def _call(spec: _Spec, layer, numbers, edges, queries, own, cache, interpret):
     scratch = {
         "held": plgpu.SMEM((spec.groups, _ROWS, size), queries.dtype, transforms=lines),
         "tiles": plgpu.SMEM((spec.stages, spec.tile, 2 * size), cache.dtype, transforms=lines),
-        "sums": plgpu.SMEM((spec.groups, _ROWS), jnp.float32),
         "asked": plgpu.Barrier(num_barriers=spec.groups),
         "here": plgpu.Barrier(num_barriers=spec.stages),
         "done": plgpu.Barrier(num_arrivals=spec.groups, num_barriers=spec.stages),
@@ -284,7 +283,7 @@ def _call(spec: _Spec, layer, numbers, edges, queries, own, cache, interpret):
         grid_names=("program",),
         num_threads=spec.groups,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         kernel_name="block_attention_decode",
         interpret=interpret,
     )(layer, numbers, edges, queries, own, cache)
@@ -298,19 +297,16 @@ def _kernel(layer, numbers, edges, queries, own, cache, out, lse, *, spec: _Spec
     me = lax.axis_index("warpgroup")
     mine = pl.ds(stretch * spec.rows + me * _ROWS, _ROWS)
     number = functools.partial(_number, numbers.at[row, stretch])
-    until = [number(_UNTIL + i) for i in range(4)]
-    shift = [number(_SHIFT + i) for i in range(4)]
-    start = lax.div(split * until[3], jnp.int32(spec.splits))
-    steps = lax.div((split + 1) * until[3], jnp.int32(spec.splits)) - start
+    items = number(_UNTIL + 3)
+    start = lax.div(split * items, jnp.int32(spec.splits))
+    steps = lax.div((split + 1) * items, jnp.int32(spec.splits)) - start
     tiles, here, done = scratch["tiles"], scratch["here"], scratch["done"]
 
     def tile_of(step):
         """The kind of keys of a step of this program, and the first of them."""
         item = start + step
-        run = [item < x for x in until[:3]]
-        past = jnp.where(run[1], shift[1], jnp.where(run[2], shift[2], shift[3]))
-        tile = item + jnp.where(run[0], shift[0], past)
-        return jnp.where(run[1], _CACHED, _OWN), tile * spec.tile
+        run = sum((item >= number(_UNTIL + i)).astype(jnp.int32) for i in range(3))
+        return lax.div(run, jnp.int32(2)), (item + number(_SHIFT + run)) * spec.tile
 
     def ask(step, slot):
         kind, key = tile_of(step)
@@ -360,12 +356,12 @@ def _kernel(layer, numbers, edges, queries, own, cache, out, lse, *, spec: _Spec
     # query does not see counts once it has seen something: the larger maximum takes it to zero.
     seen = top > _NEG
     share = jnp.where(seen, 1 / total, 0.0)
-    result, sums = scratch["held"].at[me], scratch["sums"].at[me]
+    result = scratch["held"].at[me]
     result[...] = (acc * lax.broadcast_in_dim(share, acc.shape, [0])).astype(result.dtype)
-    sums[...] = jnp.where(seen, (top + jnp.log2(total)) / _LOG2E, -jnp.inf)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(result, out.at[row, head, split, mine])
-    plgpu.copy_smem_to_gmem(sums, lse.at[row, head, split, mine])
+    sums = jnp.where(seen, (top + jnp.log2(total)) / _LOG2E, -jnp.inf)
+    plgpu.store(lse.at[row, head, split, mine], sums, optimized=False)
     plgpu.wait_smem_to_gmem(0)
 
 
