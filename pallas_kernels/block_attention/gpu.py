@@ -296,7 +296,10 @@ def _kernel(layer, numbers, edges, queries, own, cache, out, lse, *, spec: _Spec
     row, head = _divided(at, cache.shape[2])
     me = lax.axis_index("warpgroup")
     mine = pl.ds(stretch * spec.rows + me * _ROWS, _ROWS)
-    number = functools.partial(_number, numbers.at[row, stretch])
+
+    def number(i):
+        return numbers[row, stretch, i]
+
     items = number(_UNTIL + 3)
     start = lax.div(split * items, jnp.int32(spec.splits))
     steps = lax.div((split + 1) * items, jnp.int32(spec.splits)) - start
@@ -361,7 +364,7 @@ def _kernel(layer, numbers, edges, queries, own, cache, out, lse, *, spec: _Spec
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(result, out.at[row, head, split, mine])
     sums = jnp.where(seen, (top + jnp.log2(total)) / _LOG2E, -jnp.inf)
-    plgpu.store(lse.at[row, head, split, mine], sums, optimized=False)
+    lse[row, head, split, mine] = sums
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -407,7 +410,8 @@ def _update(spec: _Spec, state, scratch, slot, kind, key, number, edges, me):
         _clear(spec, values, key, read, me)
         plgpu.commit_smem()
         if spec.groups > 1:
-            plgpu.barrier_arrive_and_wait(scratch["cleared"])
+            plgpu.barrier_arrive(scratch["cleared"])
+            plgpu.barrier_wait(scratch["cleared"])
 
     most = jnp.maximum(top, scores.max(axis=1))
     shrink = jnp.exp2(top - most)
@@ -449,10 +453,6 @@ def _inside(low, high, intervals):
     """Whether [low, high) is in one of two intervals."""
     a, b, c, d = intervals
     return ((low >= a) & (high <= b)) | ((low >= c) & (high <= d))
-
-
-def _number(numbers, i):
-    return numbers[i]
 
 
 def _divided(x, by: int):
