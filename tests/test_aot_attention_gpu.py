@@ -1,7 +1,6 @@
-"""The CUDA compiler takes the kernel of block attention, in registers alone, and copies no cache."""
+"""The CUDA compiler takes the kernel of block attention without spills, and copies no cache."""
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from dllm_jax.testing.aot import compile_for_gpu, temporary_bytes
@@ -10,9 +9,11 @@ from pallas_kernels.block_attention import gpu
 from tests.test_aot_tpu_attention import SHAPES, Shape
 
 SHARED = 232448  # bytes that a program of an H100 may have
-TAKEN = {name: shape for name, shape in SHAPES.items() if shape.dtype == "bfloat16"} | {
-    "soft cap and window": Shape(16, 8, 256, 256, 2, 8192, window=1024, hole=True),
-}
+TAKEN = {
+    name: shape
+    for name, shape in SHAPES.items()
+    if shape.dtype == "bfloat16" and shape.size <= 256  # else XLA runs it: `gpu.takes`
+} | {"soft cap and window": Shape(16, 8, 256, 256, 2, 8192, window=1024, hole=True)}
 
 
 @pytest.mark.aot("cuda")

@@ -81,9 +81,7 @@ def test_it_is_its_definition(name, window, hole, splits):
 
 
 @needs_mosaic
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "size"), [(6, 2, 64), (2, 2, 128), (3, 1, 256)]
-)
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(6, 2, 64), (2, 2, 128), (3, 1, 256)])
 def test_heads(heads, kv_heads, size):
     mask = BlockMask.bidirectional(3)
     arrays, kv, more = case(
@@ -158,7 +156,10 @@ def test_programs_read_what_is_seen_and_no_more(name, seed):
             read, whole = (
                 mine[start + 4 * kind : start + 4 * kind + 4] for start in (gpu._READ, gpu._WHOLE)
             )
-            inside = ((low >= a) & (high <= b)).all(axis=(1, 2)), ((low >= c) & (high <= d)).all(axis=(1, 2))
+            inside = (
+                ((low >= a) & (high <= b)).all(axis=(1, 2)),
+                ((low >= c) & (high <= d)).all(axis=(1, 2)),
+            )
             assert gpu._inside(low, high, whole) == (inside[0] | inside[1])[kind]
             assert tiled[kind, :, at].all() or not gpu._inside(low, high, whole)
             keys = places[low:high]
@@ -194,6 +195,7 @@ def test_what_it_does_not_take_is_named():
     assert "not float32" in why(dtype="float32")
     assert "int8" in why(cached="int8")
     assert "not 80" in why(size=80)
+    assert "heads of 512 leave no room" in why(size=512)
     assert "30 slots" in why(slots=30)
     arrays, kv, more = case(BlockMask.bidirectional(4), 4, [3], slots=8, size=80, dtype="bfloat16")
     with pytest.raises(ValueError, match="cannot run this: the head size must be one of"):

@@ -104,7 +104,8 @@ def compile_for_gpu(
                 if value is not None:
                     os.environ[name] = value
         kernels = [_reported(path) for path in sorted(Path(folder).glob("*.ptxas"))]
-    called = set(re.findall(r'kernel_hash = ("(?:[^"\\]|\\.)*")', program.as_text()))
+    text = program.as_text() or ""
+    called = set(re.findall(r'kernel_hash = ("(?:[^"\\]|\\.)*")', text))
     if len(called) > len(kernels):
         raise RuntimeError(f"{len(called) - len(kernels)} kernels were assembled before")
     return program, kernels

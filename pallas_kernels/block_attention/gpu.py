@@ -29,8 +29,7 @@ from pallas_kernels.masks import BlockMask
 
 MOST_ENTRIES = 256
 _ROWS = 64  # query rows of a warpgroup
-_CHUNK = 64  # columns of bfloat16 that a swizzled line of shared memory holds
-_SHARED = 232448  # bytes of shared memory that a program may have
+_SUBROWS, _CHUNK = 8, 64  # rows and columns of what shared memory is swizzled in, in bfloat16
 _CORES = 132  # streaming multiprocessors of an H100
 _NEG = -1e30
 _LOG2E = math.log2(math.e)
@@ -52,7 +51,11 @@ class _Tiling(NamedTuple):
 
 
 # Two programs of one warpgroup share a multiprocessor, where shared memory allows.
-_TILINGS = {64: _Tiling(128, 2, 3, 5, 2), 128: _Tiling(64, 2, 3, 5, 2), 256: _Tiling(64, 2, 3, 2, 1)}
+_TILINGS = {
+    64: _Tiling(128, 2, 3, 5, 2),
+    128: _Tiling(64, 2, 3, 5, 2),
+    256: _Tiling(64, 2, 3, 2, 1),
+}
 
 
 class _Spec(NamedTuple):
@@ -115,7 +118,8 @@ def block_attention(
         raise ValueError(f"the GPU kernel of block attention cannot run this: {reason}")
     batch, entries, heads, size = q.shape
     kv_heads, group = k.shape[2], heads // k.shape[2]
-    spec = _specify(batch, kv_heads, entries * group, size, cache.shape[3], splits)._replace(
+    reach = min(cache.shape[3], window + entries) if window else cache.shape[3]
+    spec = _specify(batch, kv_heads, entries * group, size, reach, splits)._replace(
         scale=size**-0.5 if scale is None else scale, soft_cap=soft_cap, interpreted=bool(interpret)
     )
     edges = _edges(
@@ -125,7 +129,7 @@ def block_attention(
     edges = _padded(jnp.repeat(edges, group, axis=3), 3, spec.stretches * spec.rows, mode="edge")
     out, lse = _call(
         spec, jnp.asarray(layer, jnp.int32).reshape(1), _numbers(spec, edges), edges,
-        _by_head(q, kv_heads, spec.stretches * spec.rows),
+        _by_head(q, kv_heads),
         _padded(_own(k, v), 2, _multiple(entries, spec.tile)),
         cache, interpret,
     )  # fmt: skip
@@ -153,15 +157,17 @@ def takes(q, k, mask: BlockMask, *, cache=None, cache_end=None) -> str | None:
             "queries, keys and cache must all be bfloat16, "
             f"not {q.dtype}, {k.dtype} and {cache.dtype}"
         )
+    if size > max(_TILINGS):
+        return f"heads of {size} leave no room in shared memory for a tile that is on its way"
     if size not in _TILINGS:
         return f"the head size must be one of {', '.join(map(str, _TILINGS))}, not {size}"
-    if cache.shape[3] % 8:
-        return f"a cache of {cache.shape[3]} slots is not a multiple of 8"
+    if cache.shape[3] % _SUBROWS:
+        return f"a cache of {cache.shape[3]} slots is not a multiple of {_SUBROWS}"
     return None
 
 
 def _specify(
-    batch: int, kv_heads: int, rows: int, size: int, slots: int, splits: int | None
+    batch: int, kv_heads: int, rows: int, size: int, reach: int, splits: int | None
 ) -> _Spec:
     tiling = _TILINGS[size]
     blocks = -(-rows // _ROWS)
@@ -170,9 +176,8 @@ def _specify(
     alone = groups == 1
     if splits is None:
         places = _CORES * (tiling.programs if alone else 1)
-        # Partial results are written and read again: at most an eighth of the cache's bytes.
-        most = slots // (8 * groups * _ROWS)
-        splits = _splits(batch * kv_heads * stretches, places, most)
+        # What a program writes is about a tile, and it is read again: so eight tiles for it.
+        splits = _splits(batch * kv_heads * stretches, places, reach // (8 * tiling.tile))
     return _Spec(
         size=size, tile=tiling.tile, stages=tiling.stages if alone else tiling.stages_shared,
         groups=groups, stretches=stretches, splits=splits, scale=1.0, soft_cap=0.0,
@@ -220,7 +225,9 @@ def _edges(mask: BlockMask, entries: int, slots: int, *, cache_end, hole, length
         jnp.where(noisy, begin, 0), jnp.where(noisy, begin + mask.block, 0),
     )  # fmt: skip
     shape = cache_end.shape[0], entries
-    kinds = [jnp.stack([jnp.broadcast_to(x, shape) for x in kind], axis=1) for kind in (cached, own)]
+    kinds = [
+        jnp.stack([jnp.broadcast_to(x, shape) for x in kind], axis=1) for kind in (cached, own)
+    ]
     return jnp.stack(kinds, axis=1).astype(jnp.int32)
 
 
@@ -258,9 +265,10 @@ def _numbers(spec: _Spec, edges) -> jax.Array:
 
 
 def _call(spec: _Spec, layer, numbers, edges, queries, own, cache, interpret):
+    """Rows of queries and results end where there are no more; copies know it."""
     batch, kv_heads, rows, size = queries.shape
     programs = batch * kv_heads * spec.splits * spec.stretches
-    lines = plgpu.TilingTransform((8, _CHUNK)), plgpu.SwizzleTransform(128)
+    lines = plgpu.TilingTransform((_SUBROWS, _CHUNK)), plgpu.SwizzleTransform(128)
     scratch = {
         "held": plgpu.SMEM((spec.groups, _ROWS, size), queries.dtype, transforms=lines),
         "tiles": plgpu.SMEM((spec.stages, spec.tile, 2 * size), cache.dtype, transforms=lines),
@@ -276,7 +284,7 @@ def _call(spec: _Spec, layer, numbers, edges, queries, own, cache, interpret):
         functools.partial(_kernel, spec=spec),
         out_type=(
             jax.ShapeDtypeStruct((batch, kv_heads, spec.splits, rows, size), queries.dtype),
-            jax.ShapeDtypeStruct((batch, kv_heads, spec.splits, rows), jnp.float32),
+            jax.ShapeDtypeStruct((batch, kv_heads, spec.splits, edges.shape[3]), jnp.float32),
         ),
         scratch_types=scratch,
         grid=(programs,),
@@ -390,12 +398,10 @@ def _update(spec: _Spec, state, scratch, slot, kind, key, number, edges, me):
     cut = ~_inside(key, key + spec.tile, whole)
 
     def masked(scores):
-        place = key + plgpu.broadcasted_iota(
-            jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA
-        )
+        place = key + plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
         bounds = [
             lax.broadcast_in_dim(
-                plgpu.load(edges.at[i], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False),
+                plgpu.layout_cast(edges[i], plgpu.Layout.WGMMA.reduce(1)),
                 scores.shape, [0],
             )
             for i in range(4)
@@ -430,7 +436,7 @@ def _clear(spec: _Spec, values, key, read, me):
         @pl.when(me == i % spec.groups)
         def _(i=i):
             part = values.at[:, i * _CHUNK : (i + 1) * _CHUNK]
-            found = plgpu.load(part, layout=plgpu.Layout.WGMMA)
+            found = plgpu.layout_cast(part[...], plgpu.Layout.WGMMA)
             part[...] = jnp.where(_inside(place, place + 1, read), found, jnp.zeros_like(found))
 
 
@@ -459,11 +465,12 @@ def _divided(x, by: int):
     return lax.div(x, jnp.int32(by)), lax.rem(x, jnp.int32(by))
 
 
-def _by_head(q, kv_heads: int, rows: int) -> jax.Array:
+def _by_head(q, kv_heads: int) -> jax.Array:
     """[B, Q, N, H] as [B, K, rows, H]: the queries of a kv head, all its query heads together."""
     batch, entries, heads, size = q.shape
     q = jnp.moveaxis(q.reshape(batch, entries, kv_heads, heads // kv_heads, size), 2, 1)
-    return _padded(q.reshape(batch, kv_heads, -1, size), 2, rows)
+    q = q.reshape(batch, kv_heads, -1, size)
+    return _padded(q, 2, _multiple(q.shape[2], _SUBROWS))
 
 
 def _by_entry(x, entries: int, group: int) -> jax.Array:
@@ -480,6 +487,7 @@ def _own(k, v) -> jax.Array:
 
 def _merged(out, lse):
     """Results over shares of the keys, [B, K, splits, rows, H] and [B, K, splits, rows], as one."""
+    lse = lse[..., : out.shape[3]]
     if out.shape[2] == 1:
         return out[:, :, 0], lse[:, :, 0]
     top = jnp.maximum(lse.max(axis=2, keepdims=True), _NEG)
