@@ -31,7 +31,7 @@ MOST_ENTRIES = 256
 _ROWS = 64  # query rows of a warpgroup
 _SUBROWS, _CHUNK = 8, 64  # rows and columns of what shared memory is swizzled in, in bfloat16
 _CORES = 132  # streaming multiprocessors of an H100
-_NEG = -1e30
+_NEG = -(2.0**100)  # a score that nobody sees: a power of two, so that scaling it is exact
 _LOG2E = math.log2(math.e)
 _FAR = 1 << 30  # behind every key
 
@@ -75,6 +75,11 @@ class _Spec(NamedTuple):
     def rows(self) -> int:
         """Query rows of a program."""
         return self.groups * _ROWS
+
+    @property
+    def times(self) -> float:
+        """What makes scores of products, or of their tanh, in base 2; part of the exponential."""
+        return _LOG2E * (self.soft_cap or self.scale)
 
 
 def block_attention(
@@ -302,7 +307,7 @@ def _kernel(layer, numbers, edges, queries, own, cache, out, lse, *, spec: _Spec
     at, stretch = _divided(lax.axis_index("program"), spec.stretches)
     at, split = _divided(at, spec.splits)
     row, head = _divided(at, cache.shape[2])
-    me = lax.axis_index("warpgroup")
+    me, of_layer = lax.axis_index("warpgroup"), layer[0]
     mine = pl.ds(stretch * spec.rows + me * _ROWS, _ROWS)
 
     def number(i):
@@ -325,7 +330,7 @@ def _kernel(layer, numbers, edges, queries, own, cache, out, lse, *, spec: _Spec
 
         @pl.when(kind == _CACHED)
         def _():
-            source = cache.at[layer[0], row, head, keys]
+            source = cache.at[of_layer, row, head, keys]
             plgpu.copy_gmem_to_smem(source, tiles.at[slot], here.at[slot])
 
         @pl.when(kind == _OWN)
@@ -359,13 +364,13 @@ def _kernel(layer, numbers, edges, queries, own, cache, out, lse, *, spec: _Spec
 
     rows = plgpu.Layout.WGMMA.reduce(1)
     acc = plgpu.layout_cast(jnp.zeros((_ROWS, spec.size), jnp.float32), plgpu.Layout.WGMMA)
-    top = plgpu.layout_cast(jnp.full((_ROWS,), _NEG, jnp.float32), rows)
+    top = plgpu.layout_cast(jnp.full((_ROWS,), -jnp.inf, jnp.float32), rows)
     total = plgpu.layout_cast(jnp.zeros((_ROWS,), jnp.float32), rows)
     acc, top, total = lax.fori_loop(0, steps, update, (acc, top, total))
 
     # Who has seen nothing to the end has the maximum of masked scores. Nothing of a tile that a
     # query does not see counts once it has seen something: the larger maximum takes it to zero.
-    seen = top > _NEG
+    seen = top > _NEG * spec.times
     share = jnp.where(seen, 1 / total, 0.0)
     result = scratch["held"].at[me]
     result[...] = (acc * lax.broadcast_in_dim(share, acc.shape, [0])).astype(result.dtype)
@@ -388,11 +393,8 @@ def _update(spec: _Spec, state, scratch, slot, kind, key, number, edges, me):
 
     scores = pl.run_scoped(products, plgpu.ACC((_ROWS, spec.tile), jnp.float32))
     if spec.soft_cap:
-        # By exponentials: the tanh of the chip is good to three digits.
-        power = jnp.exp2(scores * (2 * _LOG2E * spec.scale / spec.soft_cap))
-        scores = (1 - 2 / (power + 1)) * (spec.soft_cap * _LOG2E)
-    else:
-        scores = scores * (spec.scale * _LOG2E)
+        # A tanh by exponentials: that of the chip is good to three digits.
+        scores = 1 - 2 / (jnp.exp2(scores * (2 * _LOG2E * spec.scale / spec.soft_cap)) + 1)
 
     whole = [number(_WHOLE + kind * 4 + i) for i in range(4)]
     cut = ~_inside(key, key + spec.tile, whole)
@@ -419,9 +421,9 @@ def _update(spec: _Spec, state, scratch, slot, kind, key, number, edges, me):
             plgpu.barrier_arrive(scratch["cleared"])
             plgpu.barrier_wait(scratch["cleared"])
 
-    most = jnp.maximum(top, scores.max(axis=1))
+    most = jnp.maximum(top, scores.max(axis=1) * spec.times)
     shrink = jnp.exp2(top - most)
-    weights = jnp.exp2(scores - lax.broadcast_in_dim(most, scores.shape, [0]))
+    weights = jnp.exp2(scores * spec.times - lax.broadcast_in_dim(most, scores.shape, [0]))
     total = total * shrink + weights.sum(axis=1)
     acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
     return _mixed(spec, acc, weights.astype(tile.dtype), values, scratch, me), most, total
@@ -490,7 +492,7 @@ def _merged(out, lse):
     lse = lse[..., : out.shape[3]]
     if out.shape[2] == 1:
         return out[:, :, 0], lse[:, :, 0]
-    top = jnp.maximum(lse.max(axis=2, keepdims=True), _NEG)
+    top = jnp.maximum(lse.max(axis=2, keepdims=True), _NEG)  # finite, where nothing is seen
     weights = jnp.exp(lse - top)
     total = weights.sum(axis=2)
     mixed = (out.astype(jnp.float32) * weights[..., None]).sum(axis=2)
