@@ -1,6 +1,7 @@
 """The CUDA compiler takes the kernel of block attention without spills, and copies no cache."""
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from dllm_jax.testing.aot import compile_for_gpu, temporary_bytes
