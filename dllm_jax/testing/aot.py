@@ -7,8 +7,11 @@ says what it will move and hold. What it does not say is how long it takes.
 
 import importlib.util
 import os
+import re
+import tempfile
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -33,6 +36,8 @@ dnn_version_info { major: 9 minor: 12 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 GPUS = {"h100": _H100}
+
+_LAUNCH = r"threads\(.*?\) in \(%\w+ = %c(\d+).*?dynamic_shared_memory_size %c(\d+)_"
 
 
 def has_compiler(platform: str) -> bool:
@@ -67,6 +72,61 @@ def _topology(chip: str):
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     return "tpu", topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip])
+
+
+class CudaKernel(NamedTuple):
+    """What NVIDIA's assembler made of a kernel that is written in Mosaic GPU."""
+
+    name: str
+    registers: int  # of a thread, at launch: warpgroups may trade theirs afterwards
+    spilled: int  # bytes of a thread that are stored for want of registers, and loaded again
+    shared: int  # bytes of shared memory of a block
+    threads: int  # of a block
+
+
+def compile_for_gpu(
+    chip: str, function: Callable, *arguments: Any
+) -> tuple[jax.stages.Compiled, list[CudaKernel]]:
+    """`compile_for` a chip of `GPUS`, and the Mosaic GPU kernels of the program.
+
+    Raises:
+      RuntimeError: a kernel was compiled in this process before; it is not assembled again.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        asked = {"MOSAIC_GPU_DUMP_TO": folder, "MOSAIC_GPU_DUMP_PTXAS": "1"}
+        before = {name: os.environ.get(name) for name in asked}
+        os.environ.update(asked)
+        try:
+            program = compile_for(chip, function, *arguments)
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value
+        kernels = [_reported(path) for path in sorted(Path(folder).glob("*.ptxas"))]
+    text = program.as_text() or ""
+    called = set(re.findall(r'kernel_hash = ("(?:[^"\\]|\\.)*")', text))
+    if len(called) > len(kernels):
+        raise RuntimeError(f"{len(called) - len(kernels)} kernels were assembled before")
+    return program, kernels
+
+
+def _reported(ptxas: Path) -> CudaKernel:
+    """The kernel that the assembler's words are about, and the largest launch of its name."""
+    words, name = ptxas.read_text(), ptxas.stem.rpartition("_")[0]
+    found = re.search(
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+        words, re.DOTALL,
+    )  # fmt: skip
+    launches = [
+        (int(block[2]), int(block[1]))
+        for path in ptxas.parent.glob(f"{name}_*.before_layout_inference.txt")
+        if (block := re.search(_LAUNCH, path.read_text()))
+    ]
+    if found is None or not launches:
+        raise RuntimeError(f"the assembler reported in another form:\n{words}")
+    stores, loads, registers = map(int, found.groups())
+    return CudaKernel(name, registers, max(stores, loads), *max(launches))
 
 
 def temporary_bytes(compiled: jax.stages.Compiled) -> int:

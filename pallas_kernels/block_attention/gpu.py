@@ -30,6 +30,7 @@ from pallas_kernels.masks import BlockMask
 MOST_ENTRIES = 256
 _ROWS = 64  # query rows of a warpgroup
 _SUBROWS, _CHUNK = 8, 64  # rows and columns of what shared memory is swizzled in, in bfloat16
+_MOST_GROUPS = 2  # warpgroups of a program: more would have too few registers each
 _CORES = 132  # streaming multiprocessors of an H100
 _NEG = -(2.0**100)  # a score that nobody sees: a power of two, so that scaling it is exact
 _LOG2E = math.log2(math.e)
@@ -37,25 +38,28 @@ _FAR = 1 << 30  # behind every key
 
 # Which keys a tile is of, and its place in the numbers of a program.
 _CACHED, _OWN = 0, 1
-_UNTIL, _SHIFT, _READ, _WHOLE, _NUMBERS = 0, 4, 8, 16, 24
+_UNTIL, _SHIFT, _READ, _WHOLE = 0, 4, 8, 16
 
 
 class _Tiling(NamedTuple):
-    """Sizes for one size of heads."""
+    """Sizes for heads of one size, and programs of one or two warpgroups."""
 
     tile: int  # keys of one softmax update, a multiple of 64
-    groups: int  # warpgroups of a program, at most
-    stages: int  # tiles in shared memory with one warpgroup, and with more
-    stages_shared: int
-    programs: int  # with one warpgroup that a multiprocessor holds
+    stages: int  # tiles in shared memory
+    places: int  # programs that a multiprocessor holds at once
 
 
-# Two programs of one warpgroup share a multiprocessor, where shared memory allows.
+# Where memory is waited for, two programs share a multiprocessor; where products and exponentials
+# are, a longer tile shares out what a tile costs. None of them spills a register.
 _TILINGS = {
-    64: _Tiling(128, 2, 3, 5, 2),
-    128: _Tiling(64, 2, 3, 5, 2),
-    256: _Tiling(64, 2, 3, 2, 1),
+    (64, 1): _Tiling(128, 3, 2),
+    (64, 2): _Tiling(128, 5, 1),
+    (128, 1): _Tiling(64, 3, 2),
+    (128, 2): _Tiling(128, 3, 1),
+    (256, 1): _Tiling(64, 3, 1),
+    (256, 2): _Tiling(64, 2, 1),
 }
+_SIZES = sorted({size for size, _ in _TILINGS})
 
 
 class _Spec(NamedTuple):
@@ -156,8 +160,8 @@ def takes(q, k, mask: BlockMask, *, cache=None, cache_end=None, chosen=None,
         `jax.ShapeDtypeStruct`.
     """
     entries, size = q.shape[1], q.shape[3]
-    if jax.__version_info__ < (0, 11):
-        return f"it needs JAX 0.11 or later, and this is {jax.__version__}"
+    if jax.__version_info__ < (0, 12):
+        return f"it needs JAX 0.12 or later, and this is {jax.__version__}"
     if cache is None or cache_end is None:
         return "there is no cache to read"
     if cache_end.ndim != 1:
@@ -171,10 +175,10 @@ def takes(q, k, mask: BlockMask, *, cache=None, cache_end=None, chosen=None,
             "queries, keys and cache must all be bfloat16, "
             f"not {q.dtype}, {k.dtype} and {cache.dtype}"
         )
-    if size > max(_TILINGS):
+    if size > _SIZES[-1]:
         return f"heads of {size} leave no room in shared memory for a tile that is on its way"
-    if size not in _TILINGS:
-        return f"the head size must be one of {', '.join(map(str, _TILINGS))}, not {size}"
+    if size not in _SIZES:
+        return f"the head size must be one of {', '.join(map(str, _SIZES))}, not {size}"
     if cache.shape[3] % _SUBROWS:
         return f"a cache of {cache.shape[3]} slots is not a multiple of {_SUBROWS}"
     return None
@@ -183,19 +187,17 @@ def takes(q, k, mask: BlockMask, *, cache=None, cache_end=None, chosen=None,
 def _specify(
     batch: int, kv_heads: int, rows: int, size: int, reach: int, splits: int | None
 ) -> _Spec:
-    tiling = _TILINGS[size]
     blocks = -(-rows // _ROWS)
-    stretches = -(-blocks // tiling.groups)
+    stretches = -(-blocks // _MOST_GROUPS)
     groups = -(-blocks // stretches)
-    alone = groups == 1
+    tiling = _TILINGS[size, groups]
     if splits is None:
-        places = _CORES * (tiling.programs if alone else 1)
         # What a program writes is about a tile, and it is read again: so eight tiles for it.
-        splits = _splits(batch * kv_heads * stretches, places, reach // (8 * tiling.tile))
+        most = reach // (8 * tiling.tile)
+        splits = _splits(batch * kv_heads * stretches, _CORES * tiling.places, most)
     return _Spec(
-        size=size, tile=tiling.tile, stages=tiling.stages if alone else tiling.stages_shared,
-        groups=groups, stretches=stretches, splits=splits, scale=1.0, soft_cap=0.0,
-        interpreted=False,
+        size=size, tile=tiling.tile, stages=tiling.stages, groups=groups, stretches=stretches,
+        splits=splits, scale=1.0, soft_cap=0.0, interpreted=False,
     )  # fmt: skip
 
 
