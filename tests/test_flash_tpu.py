@@ -126,10 +126,12 @@ def check(mask, entries, arrays, d_lse, *, window=0, scale=0.2, soft_cap=0.0, le
           segments=None, **options):  # fmt: skip
     more = {"lengths": lengths, "segments": segments}
     more = {name: jnp.asarray(x, jnp.int32) for name, x in more.items() if x is not None}
-    got = kernel(
-        arrays, d_lse, more, mask=mask, window=window, scale=scale, soft_cap=soft_cap, **options
-    )
     allow = visible(mask, entries, window=window, **more)
+    nothing = ~allow.any(axis=2)[..., None]  # is seen: what comes back for the sum is no number
+    got = kernel(
+        arrays, jnp.where(nothing, jnp.nan, d_lse), more, mask=mask, window=window, scale=scale,
+        soft_cap=soft_cap, **options,
+    )  # fmt: skip
     want = softmax(arrays, d_lse, allow, scale=scale, soft_cap=soft_cap)
     close = CLOSE[arrays[0].dtype.name]
     assert [x.dtype for x in jax.tree.leaves(got)] == [
@@ -192,7 +194,7 @@ def test_it_is_its_definition(name, options, monkeypatch):
 def test_it_is_its_definition_however_it_is_called(name, part, monkeypatch):
     monkeypatch.setattr(flash_tpu, "_PART", part)
 
-    @settings(max_examples=8)
+    @settings(max_examples=5)
     @given(
         seed=st.integers(0, 999),
         window=st.sampled_from([0, 1, 7, 30]),

@@ -64,11 +64,9 @@ def over_clean(
     Raises:
       ValueError: the call is not one that the kernel takes (`takes` says why).
     """
-    spec = _specify(q, k, mask, tile_q, tile_k, gradient=False)
-    spec = spec._replace(low=bool(window) or segments is not None, scale=scale, soft_cap=soft_cap)
-    steps = flash_steps.steps(
-        mask, spec.entries, spec.tile_q, spec.tile_k, spec.part,
-        lengths=lengths, segments=segments, window=window,
+    spec, steps = _planned(
+        q, k, mask, lengths=lengths, segments=segments, window=window, scale=scale,
+        soft_cap=soft_cap, tile_q=tile_q, tile_k=tile_k, gradient=False,
     )  # fmt: skip
     out, lse = flash_kernels.forward(
         spec, steps, _scaled(spec, q), _packed(k, spec.tile_k), _packed(v, spec.tile_k), interpret
@@ -104,11 +102,9 @@ def over_clean_backward(
     Raises:
       ValueError: the call is not one that the kernel takes (`takes` with `gradient` says why).
     """
-    spec = _specify(q, k, mask, tile_q, tile_k, gradient=True)
-    spec = spec._replace(low=bool(window) or segments is not None, scale=scale, soft_cap=soft_cap)
-    steps = flash_steps.steps(
-        mask, spec.entries, spec.tile_q, spec.tile_k, spec.part,
-        lengths=lengths, segments=segments, window=window,
+    spec, steps = _planned(
+        q, k, mask, lengths=lengths, segments=segments, window=window, scale=scale,
+        soft_cap=soft_cap, tile_q=tile_q, tile_k=tile_k, gradient=True,
     )  # fmt: skip
     common = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(axis=3) - d_lse
     seen = lse > -jnp.inf
@@ -151,11 +147,20 @@ def takes(q, k, mask: BlockMask, *, gradient=False, tile_q=None, tile_k=None) ->
     return None
 
 
-def _specify(q, k, mask: BlockMask, tile_q, tile_k, gradient: bool) -> Spec:
+def _planned(q, k, mask: BlockMask, *, lengths, segments, window, scale, soft_cap, tile_q, tile_k,
+             gradient: bool) -> tuple[Spec, flash_steps.Steps]:  # fmt: skip
+    """What is static in a call, and its steps."""
     reason = takes(q, k, mask, gradient=gradient, tile_q=tile_q, tile_k=tile_k)
     if reason is not None:
         raise ValueError(f"the TPU kernel of attention over clean keys cannot run this: {reason}")
-    return _largest(q, k, mask, tile_q, tile_k, gradient)
+    low = bool(window) or segments is not None
+    spec = _largest(q, k, mask, tile_q, tile_k, gradient)
+    spec = spec._replace(low=low, scale=scale, soft_cap=soft_cap)
+    steps = flash_steps.steps(
+        mask, spec.entries, spec.tile_q, spec.tile_k, spec.part,
+        lengths=lengths, segments=segments, window=window,
+    )  # fmt: skip
+    return spec, steps
 
 
 def _largest(q, k, mask: BlockMask, tile_q, tile_k, gradient: bool) -> Spec:
