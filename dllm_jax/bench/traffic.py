@@ -66,7 +66,9 @@ class Moved(NamedTuple):
         return self.bytes * self.times
 
 
-def traffic(text: str, rounds: Mapping[str, int] | None = None) -> list[Moved]:
+def traffic(
+    text: str, rounds: Mapping[str, int] | None = None, reads: Mapping[str, int] | None = None
+) -> list[Moved]:
     """All instructions of a program that move anything through HBM, most first.
 
     A kernel moves what its cost estimate says, less its operands that lie in vector memory, or all
@@ -76,11 +78,13 @@ def traffic(text: str, rounds: Mapping[str, int] | None = None) -> list[Moved]:
       text: of a compiled program, `jax.stages.Compiled.as_text()`.
       rounds: of loops, by the end of their `op_name` ("Transformer/while"), in place of what the
         text says: of a model that is deeper than the one that was compiled.
+      reads: of kernels whose estimate is wrong, by the beginning of their names: how many of the
+        first axis of their largest operand they read, each once.
 
     Raises:
       ValueError: a loop whose number of rounds is not in the text, a branch, or text of another form.
     """
-    program = _parsed(text, rounds or {})
+    program = _parsed(text, rounds or {}, reads or {})
     found = [x for x in _of(program, program.entry, 1) if x.bytes]
     return sorted(found, key=lambda moved: -moved.total)
 
@@ -89,6 +93,7 @@ class _Program(NamedTuple):
     computations: dict[str, list[Instruction]]
     entry: str
     rounds: Mapping[str, int]
+    reads: Mapping[str, int]
 
 
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -96,7 +101,7 @@ _LINE = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*)$")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 
 
-def _parsed(text: str, rounds: Mapping[str, int]) -> _Program:
+def _parsed(text: str, rounds: Mapping[str, int], reads: Mapping[str, int]) -> _Program:
     computations: dict[str, list[Instruction]] = {}
     entry, own = "", None
     for line in text.splitlines():
@@ -109,7 +114,7 @@ def _parsed(text: str, rounds: Mapping[str, int]) -> _Program:
             own.append(_instruction(found[1], found[2]))
     if not entry:
         raise ValueError("there is no ENTRY in it: this is not the text of a compiled program")
-    return _Program(computations, entry, rounds)
+    return _Program(computations, entry, rounds, reads)
 
 
 def _instruction(name: str, rest: str) -> Instruction:
@@ -182,7 +187,7 @@ def _rounds(program: _Program, loop: Instruction) -> int:
 def _bytes(program: _Program, x: Instruction, operands: list[Instruction]) -> int:
     """What one run moves."""
     if x.kind == "custom-call":
-        return _of_a_kernel(x, operands)
+        return _of_a_kernel(program, x, operands)
     if x.kind == "copy-start":  # what it writes, what it reads, and a flag
         return _in_hbm(x.arrays[:2])
     if x.kind in _SLICES:
@@ -206,10 +211,16 @@ def _in_hbm(arrays: list[Array]) -> int:
     return sum(a.bytes for a in arrays if a.in_hbm)
 
 
-def _of_a_kernel(x: Instruction, operands: list[Instruction]) -> int:
+def _of_a_kernel(program: _Program, x: Instruction, operands: list[Instruction]) -> int:
+    sizes = [_in_hbm(operand.arrays) for operand in operands]
+    for start, count in program.reads.items():
+        if x.name.startswith(start):
+            at = sizes.index(max(sizes))
+            sizes[at] = sizes[at] // operands[at].arrays[0].dims[0] * count
+            return sum(sizes) + _in_hbm(x.arrays)
     found = re.search(r'"cost_estimate":\{[^}]*"bytes_accessed":"(\d+)"', x.text)
     if not found:
-        return sum(_in_hbm(operand.arrays) for operand in operands) + _in_hbm(x.arrays)
+        return sum(sizes) + _in_hbm(x.arrays)
     held = sum(a.bytes for o in operands for a in o.arrays if not a.in_hbm and a.dims)
     return max(int(found[1]) - held, 0)
 

@@ -72,6 +72,9 @@ DEPTHS = {"LLaDA-8B": 32, "Fast-dLLM v2 7B": 28, "LLaDA2-mini": 19, "DiffusionGe
           "SmolLM2-135M": 30}  # fmt: skip
 
 
+HBM = {"v5e": 15, "v6e": 31, "v5p": 94, "tpu7x": 94}  # GiB that a program may use, about
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """What to compile."""
@@ -98,9 +101,11 @@ def main(options: Options) -> None:
 def row(chip: str, model: str, batch: int, context: int) -> dict[str, Any]:
     """What a step moves, or why it is not known."""
     own = {"chip": chip, "model": model, "batch": batch, "context": context}
-    for depth in (DEPTHS[model], 8, 4, 2):
+    for depth in dict.fromkeys(min(depth, DEPTHS[model]) for depth in (32, 8, 4, 2)):
+        if arguments_bytes(deep(model, depth), batch, context) > HBM[chip] << 30:
+            continue
         try:
-            found, least = measure(chip, model, batch, context, min(depth, DEPTHS[model]))
+            found, least = measure(chip, model, batch, context, depth)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -122,8 +127,25 @@ def measure(
     # Grouped products are not for explicit shardings, in which programs are compiled here.
     run = jax.sharding.auto_axes(run, out_sharding=jax.sharding.PartitionSpec())
     text = compile_for(chip, run, *arguments).as_text()
-    rounds = {f"{name}/while": DEPTHS[model]}
-    return traffic(text or "", rounds), least_bytes(whole, batch, context)
+    found = traffic(text or "", {f"{name}/while": DEPTHS[model]}, {"ragged-dot": experts(whole)})
+    return found, least_bytes(whole, batch, context)
+
+
+def arguments_bytes(config: TransformerConfig | GemmaConfig, batch: int, context: int) -> int:
+    """Of the weights and the cache."""
+    cache = jax.eval_shape(lambda: config.build().cache(batch, context)).kv
+    return _size(param_shapes(config)) + _size(cache)
+
+
+def _size(tree: Any) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def experts(config: TransformerConfig | GemmaConfig) -> int:
+    """Of a layer: what a grouped product reads at most, each once."""
+    if isinstance(config, GemmaConfig):
+        return config.num_experts
+    return config.moe.num_experts if config.moe else 0
 
 
 def deep(model: str, depth: int) -> TransformerConfig | GemmaConfig:
@@ -152,7 +174,6 @@ def step(config: TransformerConfig | GemmaConfig, batch: int, context: int):
 
 def least_bytes(config: TransformerConfig | GemmaConfig, batch: int, context: int) -> int:
     """Weights once, all valid slots once (of a window, those in it), the block's embeddings."""
-    size = lambda tree: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731
     params = dict(param_shapes(config))
     embed = params["embed"]
     tied = isinstance(config, GemmaConfig) or config.tied_head
@@ -161,12 +182,12 @@ def least_bytes(config: TransformerConfig | GemmaConfig, batch: int, context: in
     cache = jax.eval_shape(lambda: config.build().cache(batch, context)).kv
     if isinstance(config, GemmaConfig):
         inside = min(context, config.window - 1)
-        sliding, full = size(cache[0]) * inside // context, size(cache[1])
+        sliding, full = _size(cache[0]) * inside // context, _size(cache[1])
         read = sliding + full
     else:
-        read = size(cache)
+        read = _size(cache)
     rows = batch * BLOCK * embed.shape[1] * embed.dtype.itemsize
-    return size(params) - (0 if tied else size(embed)) + rows + read
+    return _size(params) - (0 if tied else _size(embed)) + rows + read
 
 
 def brief(text: str) -> str:
