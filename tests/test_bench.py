@@ -1,8 +1,14 @@
-"""The benchmark command: its closed forms by hand, a run of one small shape, what goes wrong."""
+"""The benchmark command: its closed forms by hand, a run of one small shape, what goes wrong.
+
+And what a decode step moves, by the program that the TPU compiler makes of it.
+"""
 
 import dataclasses
+import importlib.util
 import json
+import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +20,9 @@ from dllm_jax.bench.ceilings import Ceilings
 from dllm_jax.bench.clock import Program, timed
 from dllm_jax.bench.shapes import ATTENTION, VOCABULARY, Attention, Vocabulary, Work
 from dllm_jax.bench.sides import Jax
+from dllm_jax.bench.traffic import traffic
 from dllm_jax.cli import main
+from dllm_jax.testing.aot import compile_for
 
 TINY = "tiny"
 CEILINGS = Ceilings(1e9, {"float32": 1e10})
@@ -241,3 +249,88 @@ def test_a_mistake_is_told(arguments, says, tmp_path, capsys):
     assert main(["bench", "--out", str(tmp_path / "x"), *arguments]) == 2
     assert says in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+HLO = """
+HloModule jit_f, is_scheduled=true
+
+%body.1 (arg: (s32[], bf16[8,256], bf16[4,256,256])) -> (s32[], bf16[8,256], bf16[4,256,256]) {
+  %arg = (s32[], bf16[8,256]{1,0:T(8,128)(2,1)}, bf16[4,256,256]{2,1,0:T(8,128)(2,1)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%arg), index=0
+  %x = bf16[8,256]{1,0:T(8,128)(2,1)} get-tuple-element(%arg), index=1
+  %w = bf16[4,256,256]{2,1,0:T(8,128)(2,1)} get-tuple-element(%arg), index=2
+  %y = bf16[8,256]{1,0:T(8,128)(2,1)S(1)} fusion(%x, %w, %i), kind=kOutput, calls=%fused.1
+  %z = bf16[8,256]{1,0:T(8,128)(2,1)} copy(%y)
+  %k = f32[3,9]{1,0:T(4,128)} custom-call(%y, %w), custom_call_target="tpu_custom_call", backend_config={"cost_estimate":{"flops":"1","transcendentals":"0","bytes_accessed":"10000"}}
+  ROOT %out = (s32[], bf16[8,256]{1,0:T(8,128)(2,1)}, bf16[4,256,256]{2,1,0:T(8,128)(2,1)}) tuple(%i, %z, %w)
+}
+
+%fused.1 (p0: bf16[8,256], p1: bf16[4,256,256], p2: s32[]) -> bf16[8,256] {
+  %p0 = bf16[8,256]{1,0:T(8,128)(2,1)} parameter(0)
+  %p1 = bf16[4,256,256]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %p2 = s32[]{:T(128)} parameter(2)
+  %c = s32[]{:T(128)} constant(0)
+  %s = bf16[1,256,256]{2,1,0:T(8,128)(2,1)} dynamic-slice(%p1, %p2, %c, %c), dynamic_slice_sizes={1,256,256}
+  %b = bf16[256,256]{1,0:T(8,128)(2,1)} bitcast(%s)
+  ROOT %d = bf16[8,256]{1,0:T(8,128)(2,1)S(1)} convolution(%p0, %b), dim_labels=bf_io->bf
+}
+
+%condition.1 (arg: (s32[], bf16[8,256], bf16[4,256,256])) -> pred[] {
+  %arg = (s32[], bf16[8,256]{1,0:T(8,128)(2,1)}, bf16[4,256,256]{2,1,0:T(8,128)(2,1)}) parameter(0)
+  %four = s32[]{:T(128)} constant(4)
+  %i = s32[]{:T(128)} get-tuple-element(%arg), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %four), direction=LT
+}
+
+ENTRY %main (x: bf16[8,256], w: bf16[4,256,256]) -> bf16[8,256] {
+  %x.1 = bf16[8,256]{1,0:T(8,128)(2,1)} parameter(0)
+  %w.1 = bf16[4,256,256]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %zero = s32[]{:T(128)} constant(0)
+  %t = (s32[], bf16[8,256]{1,0:T(8,128)(2,1)}, bf16[4,256,256]{2,1,0:T(8,128)(2,1)}) tuple(%zero, %x.1, %w.1)
+  %loop = (s32[], bf16[8,256]{1,0:T(8,128)(2,1)}, bf16[4,256,256]{2,1,0:T(8,128)(2,1)}) while(%t), condition=%condition.1, body=%body.1, metadata={op_name="jit(f)/Model/while"}
+  ROOT %r = bf16[8,256]{1,0:T(8,128)(2,1)} get-tuple-element(%loop), index=1
+}
+"""  # noqa: E501
+
+
+def test_the_traffic_of_a_program_by_hand():
+    """Of a stack its layer; nothing of what stays in vector memory; a loop as often as it runs."""
+    x, layer = 2 * 8 * 256, 2 * 256 * 256
+    found = {moved.text.split()[0]: moved for moved in traffic(HLO)}
+    assert {name: (m.bytes, m.times) for name, m in found.items()} == {
+        "y": (x + layer, 4),
+        "z": (x, 4),
+        "k": (10_000 - x, 4),  # by its estimate, less an operand that is there already
+    }
+    assert [m.times for m in traffic(HLO, {"Model/while": 30})] == [30] * 3
+    (kernel,) = (m for m in traffic(HLO, reads={"k": 1}) if m.text.startswith("k "))
+    assert kernel.bytes == layer + 4 * 4 * 128  # and its result, padded to registers
+    with pytest.raises(ValueError, match="how often a loop runs"):
+        traffic(HLO.replace("direction=LT", "direction=NE"))
+
+
+@pytest.mark.aot("tpu")
+def test_the_traffic_of_a_program_that_is_known():
+    """Eight layers of a stack, a transposed copy, and nothing else."""
+    rows, dim, layers = 64, 2048, 8
+
+    def run(x, stack, other):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, stack)[0], other.T + 1
+
+    arrays = [(rows, dim), (layers, dim, dim), (dim, 4 * dim)]
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in arrays]
+    found = traffic(compile_for("v5e", run, *shapes).as_text())
+    least = 2 * (2 * rows * dim + layers * dim * dim + 2 * dim * 4 * dim)
+    assert least <= sum(moved.total for moved in found) < 1.02 * least
+
+
+@pytest.mark.aot("tpu")
+@pytest.mark.parametrize(("model", "layers"), [("Fast-dLLM v2 7B", 28), ("LLaDA2-mini", 8)])
+def test_a_decode_step_moves_little_more_than_it_must(model, layers):
+    path = Path(__file__).resolve().parents[1] / "scripts" / "bench" / "decode_bytes.py"
+    spec = importlib.util.spec_from_file_location("decode_bytes", path)
+    script = importlib.util.module_from_spec(spec)
+    sys.modules["decode_bytes"] = script  # dataclasses look their module up
+    spec.loader.exec_module(script)
+    found, least = script.measure("v5e", model, 1, 4096, layers)
+    assert least < sum(moved.total for moved in found) < 1.15 * least

@@ -82,7 +82,7 @@ def traffic(
         first axis of their largest operand they read, each once.
 
     Raises:
-      ValueError: a loop whose number of rounds is not in the text, a branch, or text of another form.
+      ValueError: a loop whose rounds are not in the text, a branch, or text of another form.
     """
     program = _parsed(text, rounds or {}, reads or {})
     found = [x for x in _of(program, program.entry, 1) if x.bytes]
