@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import tyro
 
 from dllm_jax.bench.traffic import Moved, traffic
+from dllm_jax.cache import KVCache
 from dllm_jax.nn.gemma import GemmaConfig
 from dllm_jax.nn.head import stats_of
 from dllm_jax.nn.transformer import TransformerConfig, forward
@@ -141,7 +142,7 @@ def measure(
 
 def arguments_bytes(config: TransformerConfig | GemmaConfig, batch: int, context: int) -> int:
     """Of the weights and the cache."""
-    cache = jax.eval_shape(lambda: config.build().cache(batch, context)).kv
+    cache = jax.eval_shape(lambda: config.build().cache(batch, context).kv)
     return _size(param_shapes(config)) + _size(cache)
 
 
@@ -168,16 +169,18 @@ def deep(model: str, depth: int) -> TransformerConfig | GemmaConfig:
 def step(config: TransformerConfig | GemmaConfig, batch: int, context: int):
     """A denoising pass behind a cache, and its arguments."""
     model = config.build()
-    cache = jax.eval_shape(lambda: model.cache(batch, context))
-    tokens = jax.ShapeDtypeStruct((batch, BLOCK), jnp.int32)
+    kv = jax.eval_shape(lambda: model.cache(batch, context).kv)
+    tokens, lengths = (
+        jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch, BLOCK), (batch,))
+    )
 
-    def run(params, tokens, cache):
-        mask = BlockMask.block_diagonal(BLOCK)
+    def run(params, tokens, kv, lengths):
+        mask, cache = BlockMask.block_diagonal(BLOCK), KVCache(kv, lengths)
         hidden = forward(model, params, tokens, mask=mask, cache=cache).hidden
         found = stats_of(model, params, hidden, top=2)
         return found.ids[..., 0], found.scores, found.log_z, found.entropy
 
-    return run, param_shapes(config), tokens, cache
+    return run, param_shapes(config), tokens, kv, lengths
 
 
 def least_bytes(config: TransformerConfig | GemmaConfig, batch: int, context: int) -> int:
@@ -187,7 +190,7 @@ def least_bytes(config: TransformerConfig | GemmaConfig, batch: int, context: in
     tied = isinstance(config, GemmaConfig) or config.tied_head
     if isinstance(config, GemmaConfig):
         del params["conditioning"]  # of a canvas that has been denoised before
-    cache = jax.eval_shape(lambda: config.build().cache(batch, context)).kv
+    cache = jax.eval_shape(lambda: config.build().cache(batch, context).kv)
     if isinstance(config, GemmaConfig):
         inside = min(context, config.window - 1)
         sliding, full = _size(cache[0]) * inside // context, _size(cache[1])
