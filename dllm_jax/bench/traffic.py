@@ -190,6 +190,9 @@ def _bytes(program: _Program, x: Instruction, operands: list[Instruction]) -> in
         return _of_a_kernel(program, x, operands)
     if x.kind == "copy-start":  # what it writes, what it reads, and a flag
         return _in_hbm(x.arrays[:2])
+    if x.kind in ("slice-start", "dynamic-slice-start"):  # the whole, a slice of it, a flag
+        part = x.arrays[-2]
+        return part.bytes * (operands[0].arrays[0].in_hbm + part.in_hbm)
     if x.kind in _SLICES:
         return sum(a.bytes for a in x.arrays) * (operands[0].arrays[0].in_hbm + x.arrays[0].in_hbm)
     if x.kind == "dynamic-update-slice":
