@@ -122,7 +122,8 @@ def noise(number: int, shape: tuple[int, ...], *, dtype: str, scale: float = 1.0
     """Normal noise, the same for a number; what is large repeats some of it, which is quick."""
     size = math.prod(shape)
     some = scale * jax.random.normal(jax.random.key(number), (min(size, _NOISE),))
-    return jax.jit(lambda x: jnp.resize(x.astype(dtype), shape))(some)
+    repeats = -(-size // len(some))
+    return jax.jit(lambda x: jnp.tile(x.astype(dtype), repeats)[:size].reshape(shape))(some)
 
 
 def variants_for(size: int) -> int:

@@ -1,7 +1,7 @@
 """Case after case, side after side, while there is time."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ def run(
     *,
     implementations: tuple[str | None, ...],
     until: float,
+    without: Container[str] = (),
     each: float = EACH,
 ) -> Iterator[Row]:
     """A row for each side of each case: its time, or why there is none.
@@ -37,6 +38,7 @@ def run(
       implementations: ours to time; None is that which the device gets without asking, and what the
         others are compared with.
       until: no side begins after `time.monotonic()` is there.
+      without: sides that are left out.
       each: seconds of timing of a side, about.
     """
     for case in cases:
@@ -48,14 +50,16 @@ def run(
             reason = f"holds {case.holds / 2**30:.1f} GiB, {max(room(), 0) / 2**30:.1f} are free"
             yield {**head, "side": OURS, "status": "too large", "reason": reason}
             continue
-        yield from _sides(case, head, ceilings, implementations, until, each)
+        sides = case.sides(implementations)
+        sides = {name: make for name, make in sides.items() if name not in without}
+        yield from _sides(case, head, sides, ceilings, until, each)
 
 
-def _sides(case, head, ceilings, implementations, until, each) -> Iterator[Row]:
+def _sides(case, head, sides, ceilings, until, each) -> Iterator[Row]:
     truth: dict[str, np.ndarray] | None = None
     rows: list[Row] = []
     ready: list[tuple[Row, Program]] = []
-    for name, make in case.sides(implementations).items():
+    for name, make in sides.items():
         row = {**head, "side": name}
         rows.append(row)
         if time.monotonic() > until:

@@ -147,6 +147,7 @@ def _flex() -> tuple[Callable[..., Any], Callable[..., Any]]:
     import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    torch.compiler.reset()  # or after a few shapes it is not compiled any more
     return torch.compile(flex_attention, dynamic=False), create_block_mask
 
 

@@ -43,8 +43,7 @@ def _steps(command: Bench) -> Iterator[dict[str, Any]]:
     also = command.also if command.also is not None else () if cpu else ("xla",)
     cases = grid.cases(command.parts, dtype, quick=command.quick)
     yield from suite.run(
-        cases, measured, implementations=(None, *also), until=until,
-        each=0.5 if command.quick else suite.EACH,
+        cases, measured, implementations=(None, *also), until=until, without=command.without,
     )  # fmt: skip
 
 

@@ -287,6 +287,9 @@ class Bench(Command):
     also: Annotated[tuple[str, ...] | None, _word("IMPLEMENTATION ...")] = None
     """Implementations of ours besides the device's own; xla by default where there is another."""
 
+    without: Annotated[tuple[str, ...], _word("SIDE ...")] = ()
+    """Sides to leave out, as the report names them: "torch flex" takes long to compile."""
+
     dtype: Annotated[Dtype | None, _word("float32|bfloat16")] = None
     """Of all arrays; bfloat16 by default, float32 on a CPU."""
 
