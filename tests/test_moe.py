@@ -140,17 +140,25 @@ def test_the_sum_over_experts_is_in_float32():
     np.testing.assert_array_equal(got, grouped(x, chosen[:, :1], one, GATE, UP, DOWN))
 
 
-def test_the_experts_of_a_layer_are_read_in_their_stack():
-    """The values are the stack's; the gradients go to the layer's own."""
+@pytest.mark.parametrize(
+    ("form", "dtype"), [("experts", "float32"), ("ragged", "float32"), ("ragged", "bfloat16")]
+)
+def test_the_experts_of_a_layer_are_read_in_their_stack(form, dtype):
+    """The values are the stack's, whatever its dtype; the gradients go to the layer's own."""
     chosen, weights = pairs(6)
-    own = GATE, UP, DOWN
+    own = tuple(m.astype(dtype) for m in (GATE, UP, DOWN))
     stack = Stack(jnp.int32(1), *(jnp.stack([m + 1, m, m - 1]) for m in own))
-    run = partial(experts, stack=stack)
+
+    def run(x, chosen, weights, *own, stack=stack):
+        if form == "experts":
+            return experts(x, chosen, weights, *own, stack=stack)
+        return moe._ragged(jax.nn.silu, x, chosen, weights, own, stack)
+
+    alone = partial(run, stack=Stack(jnp.int32(0), *(m[None] for m in own)))
     zeros = [jnp.zeros_like(m) for m in own]
-    np.testing.assert_array_equal(
-        jax.jit(run)(X, chosen, weights, *zeros), grouped(X, chosen, weights, *own)
-    )
-    got, want = (gradients(f, chosen)(X, weights, *own) for f in (run, experts))
+    got, want = jax.jit(run)(X, chosen, weights, *zeros), jax.jit(alone)(X, chosen, weights, *own)
+    np.testing.assert_array_equal(got, want)
+    got, want = (gradients(f, chosen)(X, weights, *own) for f in (run, alone))
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 

@@ -11,10 +11,12 @@ from dllm_jax import checkpoint, watch
 from dllm_jax.cli import answering, table, terminal
 from dllm_jax.cli.answering import Answer, Clock, Loaded
 from dllm_jax.cli.background import background
+from dllm_jax.cli.benchmark import benchmark
 from dllm_jax.cli.chat import talk
 from dllm_jax.cli.choice import Choice, asked, named
 from dllm_jax.cli.describe import describe
 from dllm_jax.cli.options import (
+    Bench,
     Chat,
     Command,
     Convert,
@@ -42,6 +44,8 @@ def run(command: Command) -> None:
             info(command)
         case Recipes():
             recipes(command)
+        case Bench():
+            benchmark(command)
 
 
 def generate(command: Generate) -> None:

@@ -12,6 +12,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Mode = Literal["diffusion", "speculative", "ar"]
+Part = Literal["decode", "vocabulary", "training"]
 
 
 def _word(metavar: str):
@@ -264,10 +265,51 @@ class Recipes(Command):
             raise ValueError("name the recipe, as in: dllm-jax recipes sdar --set block_size=8")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bench(Command):
+    """Time the kernels on this device, beside what one would use instead.
+
+    dllm-jax bench --out results/kernels-h200
+    """
+
+    out: Annotated[Path, _word("PREFIX")]
+    """Writes PREFIX.json and PREFIX.md as it goes, and PREFIX.png at the end."""
+
+    minutes: float = 9.0
+    """Time to spend; the most telling shapes come first, and what is left out is listed."""
+
+    quick: bool = False
+    """Small shapes, for a laptop's CPU."""
+
+    parts: tuple[Part, ...] = ("decode", "vocabulary", "training")
+    """Block attention against a cache, statistics of the vocabulary, attention of sequences."""
+
+    also: Annotated[tuple[str, ...] | None, _word("IMPLEMENTATION ...")] = None
+    """Implementations of ours besides the device's own; xla by default where there is another."""
+
+    without: Annotated[tuple[str, ...], _word("SIDE ...")] = ()
+    """Sides to leave out, as the report names them: "torch flex" takes long to compile."""
+
+    dtype: Annotated[Dtype | None, _word("float32|bfloat16")] = None
+    """Of all arrays; bfloat16 by default, float32 on a CPU."""
+
+    title: Annotated[str, _word("TEXT")] = "The kernels, timed"
+    """The first line of the report."""
+
+    def check(self) -> None:
+        if not 0 < self.minutes < float("inf"):
+            raise ValueError(f"--minutes {self.minutes} must be positive")
+        if not self.parts:
+            raise ValueError("--parts is empty: there is nothing to time")
+        if self.dtype == "float16":
+            raise ValueError("--dtype float16 is not timed: use bfloat16 or float32")
+
+
 AnyCommand = (
     Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Chat, tyro.conf.subcommand("chat")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]
     | Annotated[Info, tyro.conf.subcommand("info")]
     | Annotated[Recipes, tyro.conf.subcommand("recipes")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
 )

@@ -118,3 +118,43 @@ def _loop(at_once, contract, rows, stack, layer, group, used):
 
     out = jnp.zeros((*rows.shape[:2], columns), rows.dtype)
     return jax.lax.fori_loop(0, -(-used // at_once), step, out)
+
+
+@jax.custom_vjp
+def ragged(
+    rows: Float[Array, "n I"],
+    own: Float[Array, "G I O"],
+    stack: Float[Array, "Ly G I O"],
+    layer: Int[Array, ""],
+    sizes: Int[Array, "G"],
+) -> Float[Array, "n O"]:
+    """`lax.ragged_dot` of rows in the order of their groups, for TPUs, where it is grouped.
+
+    Args:
+      own: the matrices. None of them is read in the forward pass: gradients go here.
+      stack: where they are read, as those of all layers, of which the others have no rows: a layer
+        taken out of it is a copy, as the kernel is given whole arrays.
+      sizes: rows of each group.
+    """
+    if stack.dtype != rows.dtype:  # a cast reads all that it is given
+        return jax.lax.ragged_dot(rows, stack[layer].astype(rows.dtype), sizes)
+    flat = stack.reshape(-1, *stack.shape[2:])
+    every = jnp.zeros(len(flat), sizes.dtype)
+    every = jax.lax.dynamic_update_slice(every, sizes, (layer * len(sizes),))
+    return jax.lax.ragged_dot(rows, flat, every)
+
+
+def _ragged_forward(rows, own, stack, layer, sizes):
+    return ragged(rows, own, stack, layer, sizes), (rows, own, sizes)
+
+
+def _ragged_backward(saved, grad):
+    rows, own, sizes = saved
+
+    def run(rows, own):
+        return jax.lax.ragged_dot(rows, own.astype(rows.dtype), sizes)
+
+    return *jax.vjp(run, rows, own)[1](grad), None, None, None
+
+
+ragged.defvjp(_ragged_forward, _ragged_backward)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dllm_jax.ops.grouped import multiply, tiles
+from dllm_jax.ops.grouped import multiply, ragged, tiles
 
 _TILES_ON_GPU = 16  # of one step: a step of one is launches and little else
 
@@ -170,16 +170,16 @@ def _tiled(at_once, activation, x, chosen, weights, own, stack):
 
 
 def _ragged(activation, x, chosen, weights, own, stack):
-    gate, up, down = own
     flat = chosen.reshape(-1)
     order = jnp.argsort(flat)  # stable: pairs of one expert stay in the order of their tokens
-    sizes = jnp.bincount(flat, length=len(gate)).astype(jnp.int32)
+    sizes = jnp.bincount(flat, length=len(own[0])).astype(jnp.int32)
     rows = x[order // chosen.shape[1]]
 
-    def product(rows, matrices):
-        return jax.lax.ragged_dot(rows, matrices.astype(rows.dtype), sizes)
+    def product(rows, own, matrices):
+        return ragged(rows, own, matrices, stack.layer, sizes)
 
-    out = product(activation(product(rows, gate)) * product(rows, up), down)
+    gate, up, down = zip(own, stack[1:], strict=True)
+    out = product(activation(product(rows, *gate)) * product(rows, *up), *down)
     out = jnp.zeros_like(out).at[order].set(out, unique_indices=True)
     return _summed(out.reshape(*chosen.shape, -1), weights).astype(x.dtype)
 
