@@ -64,7 +64,7 @@ def test_streamed_is_dense(
     }
     got = streamed(
         hidden, vocabulary, **options, forbidden=forbidden, top=top, keys=keys,
-        temperature=jnp.float32(0.7), soft=True, tile=tile,
+        temperature=jnp.float32(0.7), soft="exact", tile=tile,
     )  # fmt: skip
     scores = dense(hidden, vocabulary, **options, forbidden=forbidden)
     log_z = scipy.special.logsumexp(scores, axis=1)
@@ -114,7 +114,7 @@ def test_bfloat16_is_close():
 def test_shards_of_a_vocabulary_merge(shards):
     hidden, vocabulary, bias, keys = drawn(3, 6, 320, 16)
     ask = partial(
-        token_stats, soft_cap=4.0, forbidden=(200,), top=9, soft=True, temperature=jnp.float32(1.2)
+        token_stats, soft_cap=4.0, forbidden=(200,), top=9, soft="exact", temperature=jnp.float32(1.2)
     )
     whole = jax.jit(ask)(hidden, vocabulary, bias=bias, keys=keys)
     mesh = jax.make_mesh((shards,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -97,7 +97,7 @@ def _settle(model, params, recipe, keys, state: DecodeState, count: int, hidden,
     drafts, draft_probs = state.drafts[:, :count], state.draft_probs[:, :count]
     at = state.written[:, None] + jnp.arange(count + 1)
     if keys is None:
-        tokens, nats = _best(model, params, hidden)
+        tokens, nats = _best(model, params, hidden, ~state.finished)
         holds = tokens[:, :count] == drafts
     else:
         logits = _scores(model, params, hidden)
@@ -124,15 +124,19 @@ def _settle(model, params, recipe, keys, state: DecodeState, count: int, hidden,
         return state
     chosen = jnp.take_along_axis(groups, right[:, None, None, None], axis=1)[:, 0]
     if keys is None:
-        return dataclasses.replace(state, drafts=_best(model, params, chosen)[0])
+        drafts, _ = _best(model, params, chosen, ~state.finished)
+        return dataclasses.replace(state, drafts=drafts)
     probs = probabilities(_scores(model, params, chosen), recipe.sampling)
     at = state.written[:, None] + jnp.arange(recipe.width)
     return dataclasses.replace(state, drafts=draw(keys, at, _DRAFT, probs), draft_probs=probs)
 
 
-def _best(model, params, hidden) -> tuple[jax.Array, jax.Array]:
-    """The most probable token at each position, and its log-probability."""
-    found = stats_of(model, params, hidden, forbidden=mask_in_vocabulary(model.config))
+def _best(model, params, hidden, rows) -> tuple[jax.Array, jax.Array]:
+    """The most probable token at each position of `rows` bool[B], and its log-probability."""
+    found = stats_of(
+        model, params, hidden, forbidden=mask_in_vocabulary(model.config),
+        active=jnp.broadcast_to(rows[:, None], hidden.shape[:2]),
+    )  # fmt: skip
     return found.ids[..., 0], found.scores[..., 0] - found.log_z
 
 
