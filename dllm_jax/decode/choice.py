@@ -129,9 +129,7 @@ def _seen(recipe: Denoise, stats: TokenStats, score, mask) -> tuple[jax.Array, .
     return jnp.exp(score - total), spread, margin
 
 
-def _a_few_at_a_time(
-    model, params, recipe: Denoise, hidden, step, noise, forced, asked
-) -> Choice:
+def _a_few_at_a_time(model, params, recipe: Denoise, hidden, step, noise, forced, asked) -> Choice:
     """From the scores of all tokens, which exist for a few positions at a time."""
     lead = hidden.shape[:2]
     flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731

@@ -114,22 +114,33 @@ def token_stats(
 
 def _on(implementation: str | None, hidden, vocabulary, tile) -> Callable[..., Partial]:
     """The function that was asked for, or the one of the device that is compiled for."""
+    reason = tpu.takes(hidden, vocabulary, tile)
+    where = place("token_stats", implementation, reason)
+    return {"xla": xla.stats, "tpu": tpu.stats, "either": by_platform}[where]
+
+
+def place(what: str, implementation: str | None, reason: str | None) -> str:
+    """Where `what` is to run: "xla", "tpu" (its kernel), or "either", as the program is compiled.
+
+    Args:
+      reason: why the kernel does not take the call; None: it does.
+    """
     if implementation not in (None, "xla", "tpu"):
         raise ValueError(f"implementation={implementation!r} is none of None, 'xla', 'tpu'")
-    reason = tpu.takes(hidden, vocabulary, tile)
     if implementation == "tpu":
         if reason:
             raise ValueError(f"the TPU kernel does not take this: {reason}")
-        return tpu.stats
+        return "tpu"
     if implementation == "xla" or not is_tpu():
-        return xla.stats
+        return "xla"
     if reason:
-        note(f"token_stats runs in XLA, not in the TPU kernel: {reason}")
-        return xla.stats
-    return _by_platform
+        note(f"{what} runs in XLA, not in the TPU kernel: {reason}")
+        return "xla"
+    return "either"
 
 
-def _by_platform(hidden, vocabulary, **options) -> Partial:
+def by_platform(hidden, vocabulary, **options) -> Partial:
+    """`stats` of the platform that the program is compiled for."""
     static = {name: options.pop(name) for name in xla.STATIC if name in options}
     return jax.lax.platform_dependent(
         hidden, vocabulary, options,
@@ -206,7 +217,7 @@ def scores_at(
 
 
 def _at(values, ids, axis_name: str | None) -> tuple[jax.Array, jax.Array]:
-    """The values of tokens, and which of them this shard has: the others' are some other token's."""
+    """The values of tokens, and which tokens this shard has: for the others there is some value."""
     first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * len(values)
     own = ids - first
     there = (own >= 0) & (own < len(values))
