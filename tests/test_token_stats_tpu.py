@@ -113,18 +113,19 @@ def test_what_the_kernel_does_not_take():
     assert "tile=100" in tpu.takes(shape((4, 128), "float32"), np.empty((500, 128)), 100)
 
 
-def _asked(name, hidden, vocabulary, keys, temperature):
-    """What decoding asks; DiffusionGemma's mean vector and soft cap too."""
+def _asked(name, hidden, vocabulary, keys, temperature, active):
+    """What decoding asks, of some rows; DiffusionGemma's mean vector and soft cap too."""
     gemma = name == "diffusion-gemma"
     return tpu.stats(
-        hidden, vocabulary, top=2, keys=keys, temperature=temperature, soft=gemma,
+        hidden, vocabulary, top=2, keys=keys, temperature=temperature, soft=gemma, active=active,
         soft_cap=30.0 if gemma else 0.0, forbidden=() if gemma else (len(vocabulary) - 1,),
     )  # fmt: skip
 
 
 def _arguments(rows, vocab, dim):
     shapes = ((rows, dim), "bfloat16"), ((vocab, dim), "bfloat16"), ((rows, 2), "uint32")
-    return [jax.ShapeDtypeStruct(*one) for one in (*shapes, ((rows, 1), "float32"))]
+    shapes = (*shapes, ((rows, 1), "float32"), ((rows,), "bool"))
+    return [jax.ShapeDtypeStruct(*one) for one in shapes]
 
 
 @pytest.mark.parametrize("name", SHAPES)
