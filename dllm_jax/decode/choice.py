@@ -153,7 +153,7 @@ def _a_few_at_a_time(model, params, recipe: Denoise, hidden, step, noise, forced
         )  # fmt: skip
 
     rows = jax.tree.map(flat, (hidden, step, noise, forced))
-    found = over_active(some, rows, flat(asked), (_AT_ONCE,))
+    found = over_active(some, rows, flat(asked), (min(_AT_ONCE, asked.size),))
     return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), found)
 
 

@@ -117,7 +117,7 @@ def _settle(model, params, recipe: Denoise, keys, out: Pass, rows, opening=None)
         ends = is_end(canvas, model.config.eos_ids) & is_free & ~is_open
         masked &= index < jnp.where(ends, index, count).min(axis=1)[:, None]
     # What is revised, seen by a part that ends the block, or carried is the whole of it.
-    whole = (recipe.revise, recipe.finish, recipe.carry) != (None, None, None)
+    whole = any(part is not None for part in (recipe.revise, recipe.finish, recipe.carry))
     asked = jnp.broadcast_to(rows[:, None], at.shape) if whole else masked
     choice = choose(model, params, recipe, keys, state, out.hidden, at, asked)
 
