@@ -3,6 +3,8 @@
 import functools
 import logging
 import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 
@@ -35,10 +37,45 @@ def kernels_of() -> str:
     return found if alone else "xla"
 
 
-def check_implementation(name: str | None) -> None:
-    """Raises ValueError if there is no implementation of this name."""
-    if name not in (None, "xla", *PLATFORMS):
+class Choice(NamedTuple):
+    """Whose implementation runs."""
+
+    name: str  # "xla", or a key of `PLATFORMS`
+    asked: bool  # by name: whatever the program is compiled for
+
+
+def choose(what: str, implementation: str | None, refusal: Callable[[str], str | None]) -> Choice:
+    """Whose implementation of `what` runs: the one asked for, else that of the device.
+
+    Args:
+      refusal: of "tpu" or "gpu", why its kernel does not take the call, in a line; None: it does.
+
+    Raises:
+      ValueError: there is no such implementation, or it does not take the call.
+    """
+    name = implementation or kernels_of()
+    if name not in ("xla", *PLATFORMS):
         raise ValueError(f"implementation={name!r} is none of None, 'xla', 'tpu', 'gpu'")
+    reason = None if name == "xla" else refusal(name)
+    if reason is None:
+        return Choice(name, implementation is not None)
+    if implementation is not None:
+        raise ValueError(f"the {name.upper()} kernel does not take this: {reason}")
+    note(f"{what} runs in XLA, not in the {name.upper()} kernel: {reason}")
+    return Choice("xla", False)
+
+
+def run(choice: Choice, functions: dict[str, Callable[..., Any]], *arrays: Any) -> Any:
+    """The chosen function of some arrays; XLA's if the program turns out to be for other devices.
+
+    Args:
+      functions: by the name of the implementation, "xla" among them.
+    """
+    own = functions[choice.name]
+    if choice.asked or choice.name == "xla":
+        return own(*arrays)
+    kernel = {PLATFORMS[choice.name]: own}
+    return jax.lax.platform_dependent(*arrays, **kernel, default=functions["xla"])
 
 
 def device_kind() -> str:

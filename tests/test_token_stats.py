@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import cross_entropy, scores_at, token_stats
 from pallas_kernels.token_stats.noise import gumbel, gumbel_of, random_bits
+from pallas_kernels.token_stats.rows import over_active
 
 TILES = [None, 7, 64, 1000]
 streamed = jax.jit(
@@ -27,6 +28,10 @@ def drawn(seed, rows, vocab, dim, dtype="float32"):
     bias = jax.random.normal(keys[2], (vocab,))
     row_keys = jax.random.key_data(jax.random.split(keys[3], rows))
     return hidden.astype(dtype), vocabulary.astype(dtype), bias, row_keys
+
+
+def _mesh(shards):
+    return jax.make_mesh((shards,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
 def dense(hidden, vocabulary, *, bias=None, scale=None, soft_cap=0.0, forbidden=()):
@@ -64,7 +69,7 @@ def test_streamed_is_dense(
     }
     got = streamed(
         hidden, vocabulary, **options, forbidden=forbidden, top=top, keys=keys,
-        temperature=jnp.float32(0.7), soft=True, tile=tile,
+        temperature=jnp.float32(0.7), soft="exact", tile=tile,
     )  # fmt: skip
     scores = dense(hidden, vocabulary, **options, forbidden=forbidden)
     log_z = scipy.special.logsumexp(scores, axis=1)
@@ -110,19 +115,70 @@ def test_bfloat16_is_close():
     np.testing.assert_array_equal(got.ids[:, 0], scores.argmax(axis=1))
 
 
-@pytest.mark.parametrize("shards", [2, 4, 8])
-def test_shards_of_a_vocabulary_merge(shards):
+@pytest.mark.parametrize("rows", [5, 300])
+def test_rows_that_nobody_asks_for(rows):
+    """The others get what they get without them, and these zeros."""
+    hidden, vocabulary, bias, keys = drawn(2, rows, 301, 8)
+    scale, warm = jnp.linspace(0.5, 2.0, rows), jnp.linspace(0.4, 1.5, rows)
+    ask = partial(
+        streamed, hidden, vocabulary, bias=bias, scale=scale, top=2, keys=keys, temperature=warm
+    )
+    whole = ask()
+    rng = np.random.default_rng(0)
+    for share in (0.0, 0.1, 0.5, 1.0):
+        active = jnp.asarray(rng.random(rows) < share)
+        got = ask(active=active)
+        for own, all_of_it in zip(jax.tree.leaves(got), jax.tree.leaves(whole), strict=True):
+            own, all_of_it = np.asarray(own), np.asarray(all_of_it)
+            np.testing.assert_allclose(own[active], all_of_it[active], rtol=1e-5, atol=1e-5)
+            assert not own[~active].any()
+        np.testing.assert_array_equal(got.drawn.ids[active], whole.drawn.ids[active])
+        np.testing.assert_array_equal(got.ids[active], whole.ids[active])
+
+
+@pytest.mark.parametrize(
+    ("asked", "pieces"), [(0, []), (3, [4]), (4, [4]), (5, [16]), (16, [16]), (35, [16, 16, 4])]
+)
+def test_pieces_are_as_small_as_holds_what_is_left(asked, pieces):
+    seen = []
+
+    def run(x):
+        jax.debug.callback(lambda x: seen.append(len(x)), x, ordered=True)
+        return 2 * x
+
+    active = jnp.asarray(np.random.default_rng(asked).permutation(40) < asked)
+    x = jnp.arange(40.0)
+    got = jax.jit(lambda x, active: over_active(run, x, active, (4, 16)))(x, active)
+    jax.effects_barrier()
+    assert seen == pieces
+    np.testing.assert_array_equal(got[active], 2 * x[active])
+
+
+def test_soft_embedding_of_the_best():
+    hidden, vocabulary, bias, _ = drawn(4, 6, 320, 16)
+    got = streamed(hidden, vocabulary, bias=bias, forbidden=(3,), top=9, soft="top")
+    scores = dense(hidden, vocabulary, bias=bias, forbidden=(3,))
+    order = np.argsort(-scores, axis=1)[:, :9]
+    shares = scipy.special.softmax(np.take_along_axis(scores, order, axis=1), axis=1)
+    want = (shares[..., None] * np.asarray(vocabulary, np.float64)[order]).sum(axis=1)
+    np.testing.assert_allclose(got.soft, want, rtol=1e-5, atol=1e-6)
+    alone = streamed(hidden, vocabulary, soft="top").soft
+    np.testing.assert_allclose(alone, vocabulary[streamed(hidden, vocabulary).ids[:, 0]])
+
+
+@pytest.mark.parametrize(("shards", "soft"), [(2, "exact"), (4, "top"), (8, "exact")])
+def test_shards_of_a_vocabulary_merge(shards, soft):
     hidden, vocabulary, bias, keys = drawn(3, 6, 320, 16)
     ask = partial(
-        token_stats, soft_cap=4.0, forbidden=(200,), top=9, soft=True, temperature=jnp.float32(1.2)
-    )
+        token_stats, soft_cap=4.0, forbidden=(200,), top=9, soft=soft, temperature=jnp.float32(1.2),
+        active=jnp.arange(6) != 2,
+    )  # fmt: skip
     whole = jax.jit(ask)(hidden, vocabulary, bias=bias, keys=keys)
-    mesh = jax.make_mesh((shards,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
 
     @jax.jit
     @partial(
-        jax.shard_map, mesh=mesh, in_specs=(P(), P("tensor"), P("tensor"), P()), out_specs=P(),
-        check_vma=False,
+        jax.shard_map, mesh=_mesh(shards), in_specs=(P(), P("tensor"), P("tensor"), P()),
+        out_specs=P(), check_vma=False,
     )  # fmt: skip
     def split(hidden, vocabulary, bias, keys):
         return ask(hidden, vocabulary, bias=bias, keys=keys, axis_name="tensor")
@@ -133,6 +189,29 @@ def test_shards_of_a_vocabulary_merge(shards):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), got, whole)
     program = split.lower(hidden, vocabulary, bias, keys).compile().as_text()
     assert "320]" not in program.split("all-gather", 1)[1].splitlines()[0], "scores travel"
+
+
+@pytest.mark.parametrize("shards", [4])
+def test_scores_of_tokens_of_other_shards(shards):
+    hidden, vocabulary, bias, _ = drawn(3, 6, 320, 16)
+    scale = jnp.linspace(0.5, 2.0, 6)
+    ids = jnp.asarray(np.random.default_rng(0).permutation(320)[:30].reshape(6, 5), jnp.int32)
+    ids = ids.at[0].set(jnp.asarray([0, 319, 160, 159, 40]))
+
+    @jax.jit
+    @partial(
+        jax.shard_map, mesh=_mesh(shards), in_specs=(P(), P("tensor"), P("tensor"), P(), P()),
+        out_specs=P(), check_vma=False,
+    )  # fmt: skip
+    def split(hidden, vocabulary, bias, ids, scale):
+        return scores_at(
+            hidden, vocabulary, ids, bias=bias, scale=scale, soft_cap=4.0, axis_name="tensor"
+        )
+
+    want = scores_at(hidden, vocabulary, ids, bias=bias, scale=scale, soft_cap=4.0)
+    np.testing.assert_allclose(
+        split(hidden, vocabulary, bias, ids, scale), want, rtol=1e-5, atol=1e-5
+    )
 
 
 # Noise
@@ -243,6 +322,41 @@ def test_cross_entropy_never_forms_the_scores():
     assert compiled.memory_analysis().temp_size_in_bytes < rows * vocab * 4 / 4
 
 
+@pytest.mark.parametrize("shards", [4])
+def test_cross_entropy_of_shards(shards):
+    hidden, vocabulary, bias, _ = drawn(3, 9, 320, 16)
+    targets = jnp.asarray(np.random.default_rng(0).permutation(200)[:9], jnp.int32)
+    targets = targets.at[0].set(319)
+    weights = jnp.linspace(0.0, 2.0, 9)
+    score = partial(cross_entropy, soft_cap=4.0, forbidden=(200,))
+
+    @partial(
+        jax.shard_map, mesh=_mesh(shards), in_specs=(P(), P("tensor"), P("tensor"), P()),
+        out_specs=P(), check_vma=False,
+    )  # fmt: skip
+    def split(hidden, vocabulary, bias, targets):
+        return score(hidden, vocabulary, targets, bias=bias, axis_name="tensor")
+
+    def whole(hidden, vocabulary, bias, targets):
+        return score(hidden, vocabulary, targets, bias=bias)
+
+    def run(f):
+        def loss(*arrays):
+            found = f(*arrays, targets)
+            return (found.nats * weights).sum(), found
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(hidden, vocabulary, bias)
+
+    (_, got), slopes = run(split)
+    (_, want), expected = run(whole)
+    np.testing.assert_array_equal(got.best, want.best)
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5),
+        (got.nats, slopes),
+        (want.nats, expected),
+    )
+
+
 def test_what_cannot_be_asked_is_told():
     hidden, vocabulary, _, keys = drawn(0, 2, 10, 4)
     with pytest.raises(ValueError, match="top=0 must be"):
@@ -251,3 +365,9 @@ def test_what_cannot_be_asked_is_told():
         token_stats(hidden, vocabulary, keys=keys)
     with pytest.raises(ValueError, match="tile=0"):
         token_stats(hidden, vocabulary, tile=0)
+    with pytest.raises(ValueError, match="soft='mean'"):
+        token_stats(hidden, vocabulary, soft="mean")
+    with pytest.raises(ValueError, match="implementation='cpu'"):
+        cross_entropy(hidden, vocabulary, jnp.zeros(2, jnp.int32), implementation="cpu")
+    with pytest.raises(ValueError, match="vectors of 4 do not fill"):
+        cross_entropy(hidden, vocabulary, jnp.zeros(2, jnp.int32), implementation="tpu")

@@ -26,6 +26,7 @@ from dllm_jax.policies import AnnealedTemperature, Forbid, ReNoise
 from dllm_jax.policies.commit import entropy
 from dllm_jax.recipes import Denoise
 from pallas_kernels import TokenStats
+from pallas_kernels.token_stats.rows import over_active
 
 _TOKEN = 1  # stream of noise
 _AT_ONCE = 8  # positions whose scores exist at a time, where they must
@@ -47,11 +48,12 @@ class Choice(NamedTuple):
     probs: Any = None  # () -> float32[B, C, V]: all of them
 
 
-def choose(model, params, recipe: Denoise, keys, state: DecodeState, hidden, at) -> Choice:
+def choose(model, params, recipe: Denoise, keys, state: DecodeState, hidden, at, asked) -> Choice:
     """The choice at positions `at` [B, C], from what predicts them.
 
     Args:
       hidden: [B, C, D]; with guidance [2 * B, C, D], those without the prompt behind.
+      asked: bool[B, C], positions whose choice anybody reads; that of the others means nothing.
     """
     if recipe.guidance is not None:  # scores are linear in the hidden states
         given, without = jnp.split(hidden.astype(jnp.float32), 2)
@@ -62,7 +64,7 @@ def choose(model, params, recipe: Denoise, keys, state: DecodeState, hidden, at)
     if state.forced.shape[1]:
         index = jnp.minimum(at, state.forced.shape[1] - 1)
         forced = jnp.take_along_axis(state.forced, index, axis=1)
-    arguments = (model, params, recipe, hidden, step, noise, forced)
+    arguments = (model, params, recipe, hidden, step, noise, forced, asked)
     if _is_custom(recipe):
         found = _a_few_at_a_time(*arguments)
     else:
@@ -76,7 +78,7 @@ def choose(model, params, recipe: Denoise, keys, state: DecodeState, hidden, at)
     return found._replace(probs=partial(_probs, model, params, recipe, hidden, step))
 
 
-def _streamed(model, params, recipe: Denoise, hidden, step, noise, forced) -> Choice:
+def _streamed(model, params, recipe: Denoise, hidden, step, noise, forced, asked) -> Choice:
     """From one pass over the vocabulary."""
     scale = None
     if isinstance(recipe.shape, AnnealedTemperature):
@@ -84,7 +86,8 @@ def _streamed(model, params, recipe: Denoise, hidden, step, noise, forced) -> Ch
     warm = warmth(recipe.sampling)
     stats = stats_of(
         model, params, hidden, scale=scale, forbidden=_forbidden(model, recipe), top=2, keys=noise,
-        temperature=None if noise is None else warm, soft=recipe.carry is not None,
+        temperature=None if noise is None else warm,
+        soft=None if recipe.carry is None else "exact", active=asked,
     )  # fmt: skip
     greedy, best = stats.ids[..., 0], stats.scores[..., 0]
     token, score = greedy, best
@@ -126,7 +129,7 @@ def _seen(recipe: Denoise, stats: TokenStats, score, mask) -> tuple[jax.Array, .
     return jnp.exp(score - total), spread, margin
 
 
-def _a_few_at_a_time(model, params, recipe: Denoise, hidden, step, noise, forced) -> Choice:
+def _a_few_at_a_time(model, params, recipe: Denoise, hidden, step, noise, forced, asked) -> Choice:
     """From the scores of all tokens, which exist for a few positions at a time."""
     lead = hidden.shape[:2]
     flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
@@ -150,11 +153,7 @@ def _a_few_at_a_time(model, params, recipe: Denoise, hidden, step, noise, forced
         )  # fmt: skip
 
     rows = jax.tree.map(flat, (hidden, step, noise, forced))
-    found = jax.lax.map(
-        lambda xs: jax.tree.map(lambda x: x[0], some(jax.tree.map(lambda x: x[None], xs))),
-        rows,
-        batch_size=_AT_ONCE,
-    )
+    found = over_active(some, rows, flat(asked), (min(_AT_ONCE, asked.size),))
     return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), found)
 
 

@@ -104,7 +104,6 @@ def _settle(model, params, recipe: Denoise, keys, out: Pass, rows, opening=None)
     count = out.hidden.shape[1]
     index = jnp.arange(count)
     at = out.base[:, None] + index
-    choice = choose(model, params, recipe, keys, state, out.hidden, at)
     canvas, is_open, is_free = (
         window(x, out.base, count) for x in (state.tokens, state.open, state.free)
     )
@@ -117,18 +116,21 @@ def _settle(model, params, recipe: Denoise, keys, out: Pass, rows, opening=None)
     if sliding:  # what follows an end in the canvas is moot
         ends = is_end(canvas, model.config.eos_ids) & is_free & ~is_open
         masked &= index < jnp.where(ends, index, count).min(axis=1)[:, None]
+    # What is revised, seen by a part that ends the block, or carried is the whole of it.
+    whole = any(part is not None for part in (recipe.revise, recipe.finish, recipe.carry))
+    asked = jnp.broadcast_to(rows[:, None], at.shape) if whole else masked
+    choice = choose(model, params, recipe, keys, state, out.hidden, at, asked)
 
     noise = lambda stream: None if keys is None else uniform(keys, at, stream, state.nfe)  # noqa: E731
     blocks = passes.capacity(recipe)
     fold = lambda x: x.reshape(-1, count // blocks, *x.shape[2:])  # noqa: E731
-    asked = masked & (index > 0) if sliding else masked
     chance = noise(_COMMIT)
     view = CommitView(
         tokens=fold(choice.tokens),
         confidence=fold(choice.confidence),
         entropy=fold(choice.entropy),
         margin=fold(choice.margin),
-        masked=fold(asked),
+        masked=fold(masked & (index > 0) if sliding else masked),
         step=jnp.repeat(state.step, blocks),
         opened=jnp.repeat(state.opened, blocks),
         uniform=None if chance is None else fold(chance),
@@ -302,9 +304,9 @@ def _reach(recipe: Denoise, state: DecodeState, start, at_end) -> jax.Array:
 def _seed(model, params, recipe: Denoise, keys, state: DecodeState, hidden, at, rows):
     """Writes the token at `at` [B], which the entry before it predicts."""
     at = jnp.minimum(at, state.tokens.shape[1] - 1)
-    choice = choose(model, params, recipe, keys, state, hidden, at[:, None])
-    there = jnp.take_along_axis(state.open, at[:, None], axis=1)
-    state = write(state, at, choice.written, there & rows[:, None], choice.logprobs)
+    there = jnp.take_along_axis(state.open, at[:, None], axis=1) & rows[:, None]
+    choice = choose(model, params, recipe, keys, state, hidden, at[:, None], there)
+    state = write(state, at, choice.written, there, choice.logprobs)
     return _conclude(model, recipe, state, jnp.zeros_like(at), rows)
 
 

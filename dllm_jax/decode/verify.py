@@ -100,7 +100,7 @@ def _settle(model, params, recipe, keys, state: DecodeState, count: int, hidden,
     """
     drafts = state.drafts[:, :count]
     at = state.written[:, None] + jnp.arange(count + 1)
-    tokens, nats = _said(model, params, recipe, keys, at, hidden)
+    tokens, nats = _said(model, params, recipe, keys, at, hidden, ~state.finished)
     holds = tokens[:, :count] == drafts
     right = jnp.cumprod(holds.astype(jnp.int32), axis=1).sum(axis=1)  # how many, from the left
     kept = _kept(state, tokens, right + 1, model.config.eos_ids)
@@ -113,24 +113,28 @@ def _settle(model, params, recipe, keys, state: DecodeState, count: int, hidden,
         return state
     chosen = jnp.take_along_axis(groups, right[:, None, None, None], axis=1)[:, 0]
     at = state.written[:, None] + jnp.arange(recipe.width)
-    drafts, _ = _said(model, params, recipe, keys, at, chosen)
+    drafts, _ = _said(model, params, recipe, keys, at, chosen, ~state.finished)
     return dataclasses.replace(state, drafts=drafts)
 
 
-def _said(model, params, recipe: Verified, keys, at, hidden) -> tuple[jax.Array, jax.Array]:
+def _said(model, params, recipe: Verified, keys, at, hidden, rows) -> tuple[jax.Array, jax.Array]:
     """The token at each position `at` [B, C], and its log-probability before the temperature.
+
+    Of `rows` bool[B]; nobody reads what the others say.
 
     The most probable one, or a sample whose noise is of the position alone: a draft and the check
     of it share theirs. Only a filter (top-k, top-p) asks for all scores, a few positions at a time.
     """
     barred, sampling = mask_in_vocabulary(model.config), recipe.sampling
+    active = jnp.broadcast_to(rows[:, None], at.shape)
     if keys is None:
-        found = stats_of(model, params, hidden, forbidden=barred)
+        found = stats_of(model, params, hidden, forbidden=barred, active=active)
         return found.ids[..., 0], found.scores[..., 0] - found.log_z
     noise = keys_at(keys, at, _TOKEN)
     found = stats_of(
-        model, params, hidden, forbidden=barred, keys=noise, temperature=warmth(sampling)
-    )
+        model, params, hidden, forbidden=barred, active=active, keys=noise,
+        temperature=warmth(sampling),
+    )  # fmt: skip
     assert found.drawn is not None
     cold = jnp.asarray(sampling.temperature) <= 0
     free = jnp.where(cold, found.ids[..., 0], found.drawn.ids)

@@ -198,7 +198,7 @@ class Gemma(nn.Module):
 
         Args:
           mean: of the tokens' vectors, under the softmax of the scores of the step before over its
-            temperature (`token_stats(soft=True)`).
+            temperature (`token_stats(soft="exact")`).
         """
         return _scaled(self.config, mean.astype(self.config.dtype))
 

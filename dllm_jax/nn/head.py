@@ -46,10 +46,11 @@ def stats_of(
     """`pallas_kernels.token_stats` of hidden states; its arrays have their leading axes.
 
     Args:
-      options: `scale` and `temperature` [*B], `keys` [*B, 2], and the others of `token_stats`.
+      options: `scale`, `temperature` and `active` [*B], `keys` [*B, 2], and the others of
+        `token_stats`.
     """
     lead, head = hidden.shape[:-1], head_of(model, params)
-    for name in ("scale", "temperature", "keys"):
+    for name in ("scale", "temperature", "active", "keys"):
         if options.get(name) is not None and options[name].ndim:
             options[name] = options[name].reshape(-1, *options[name].shape[len(lead) :])
     found = token_stats(

@@ -22,7 +22,8 @@ class CommitView(NamedTuple):
     """What a policy sees of a block of T positions.
 
     Its numbers are of the model's own distribution, or of the one that tokens are drawn from
-    (`Denoise.confidence`).
+    (`Denoise.confidence`). Of positions that are not `masked` they mean nothing, unless the recipe
+    revises, carries, or says itself when a block is done: then those of the whole block are there.
     """
 
     tokens: jax.Array  # int32[B, T]: the token that would be written

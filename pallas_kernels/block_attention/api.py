@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Int8
 
+from pallas_kernels import platform
 from pallas_kernels.block_attention import gpu, long, reference, tpu
 from pallas_kernels.masks import BlockMask
-from pallas_kernels.platform import PLATFORMS, check_implementation, kernels_of, note
 
 # Scores of a query head: so many that XLA does them in tiles, and so few that a kernel is no use.
 _MOST_SCORES, _FEW_SCORES = 1 << 20, 1 << 16
@@ -111,7 +111,6 @@ def block_attention_lse(
         raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} kv heads")
     if window < 0 or (scale is not None and scale <= 0):
         raise ValueError(f"window={window} must be 0 (all) or positive, and scale={scale} positive")
-    check_implementation(implementation)
     if (layer is None) != (cache is None or cache.ndim == 4):
         raise ValueError("`layer` says which of a cache of several, [Ly, B, K, S, 2 * H], is meant")
     if segments is not None and cache is not None:
@@ -119,7 +118,7 @@ def block_attention_lse(
     static = _Static(mask, own, window, scale, soft_cap)
     arrays = _Arrays(q, k, v, cache, cache_scale, layer, cache_end, chosen, hole, lengths, segments)
     with jax.named_scope("block_attention"):
-        return _on(implementation, static, arrays)(static, arrays)
+        return _on(implementation, static, arrays)
 
 
 def _check_cache(size: int, cache, scale, chosen) -> None:
@@ -159,24 +158,19 @@ class _Arrays(NamedTuple):
     segments: Any
 
 
-def _on(implementation: str | None, static: _Static, arrays: _Arrays) -> Callable[..., Any]:
-    """The function that was asked for, or the one of the device that is compiled for."""
-    target = implementation or kernels_of()
+def _on(implementation: str | None, static: _Static, arrays: _Arrays):
+    """What was asked for, or what the device that is compiled for has."""
     few = arrays.cache is None and arrays.q.shape[1] * static.mask.clean <= _FEW_SCORES
-    if target == "xla" or (few and implementation is None):
-        return _xla
-    found, reason = (_of_tpu if target == "tpu" else _of_gpu)(static, arrays)
-    if implementation is not None:
-        if reason:
-            raise ValueError(f"the {target.upper()} kernel does not take this: {reason}")
-        return found
-    if reason:
-        note(f"block_attention runs in XLA, not in the {target.upper()} kernel: {reason}")
-        return _xla
-    kernel = {PLATFORMS[target]: partial(found, static)}
-    return lambda static, arrays: jax.lax.platform_dependent(
-        arrays, **kernel, default=partial(_xla, static)
+    if few and implementation is None:
+        implementation = "xla"
+    kernels = {"tpu": _of_tpu, "gpu": _of_gpu}
+    choice = platform.choose(
+        "block_attention", implementation, lambda name: kernels[name](static, arrays)[1]
     )
+    functions = {"xla": partial(_xla, static)}
+    if choice.name != "xla":
+        functions[choice.name] = partial(kernels[choice.name](static, arrays)[0], static)
+    return platform.run(choice, functions, arrays)
 
 
 def _of_tpu(static: _Static, arrays: _Arrays) -> tuple[Callable[..., Any], str | None]:

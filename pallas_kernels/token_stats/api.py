@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, Int, UInt
 
-from pallas_kernels.platform import kernels_of, note
-from pallas_kernels.token_stats import tpu, xla
+from pallas_kernels import platform
+from pallas_kernels.token_stats import gpu, tpu, xla
 from pallas_kernels.token_stats.partial import Mass, Partial, merge
 
 
@@ -47,7 +47,8 @@ def token_stats(
     top: int = 1,
     keys: UInt[Array, "R 2"] | None = None,
     temperature: Float[Array, ""] | Float[Array, "R"] | None = None,
-    soft: bool = False,
+    soft: str | None = None,
+    active: Bool[Array, "R"] | None = None,
     tile: int | None = None,
     axis_name: str | None = None,
     implementation: str | None = None,
@@ -67,16 +68,19 @@ def token_stats(
       keys: of the noise of a sample, for each row (`jax.random.key_data`): the noise of token i is
         a function of (key, i) alone.
       temperature: of the sample, positive; needed with `keys`.
-      soft: whether to give the mean of the vocabulary's vectors, for a next step's input.
+      soft: the mean of the vocabulary's vectors, for a next step's input: "exact", or "top", that
+        of the `top` most probable ones by their shares of each other, which takes no pass.
+      active: rows that need an answer; those of the others are zeros. Where it pays (on CPUs, and
+        from block to block of the kernel's 256 rows), they are not computed.
       tile: tokens of a piece; by default the device decides. Changes rounding only.
       axis_name: inside `shard_map`, the mesh axis over which the vocabulary (and bias) is split;
         ids are those of the whole.
-      implementation: "tpu" (the kernel), "xla", or None: the kernel on TPUs, where it takes the
-        arguments, and XLA elsewhere.
+      implementation: "tpu", "gpu" (the kernels), "xla", or None: the kernel of the device, where
+        there is one that takes the arguments, and XLA elsewhere.
 
     Raises:
-      ValueError: `top` is out of range, `keys` and `temperature` do not come together, or the
-        implementation that is asked for does not take the arguments.
+      ValueError: `top` or `soft` is out of range, `keys` and `temperature` do not come together,
+        or the implementation that is asked for does not take the arguments.
     """
     if not 1 <= top <= 64:
         raise ValueError(f"top={top} must be from 1 to 64")
@@ -84,49 +88,56 @@ def token_stats(
         raise ValueError("`keys` and `temperature` come together")
     if tile is not None and tile < 1:
         raise ValueError(f"tile={tile} must be positive")
+    if soft not in (None, "exact", "top"):
+        raise ValueError(f"soft={soft!r} is none of None, 'exact', 'top'")
     rows = len(hidden)
     column = lambda x: None if x is None else jnp.broadcast_to(x, (rows,))[:, None]  # noqa: E731
     first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * len(vocabulary)
     with jax.named_scope("token_stats"):
-        found = _on(implementation, hidden, vocabulary, tile)(
-            hidden, vocabulary, first=first, bias=bias, scale=column(scale), soft_cap=soft_cap,
-            forbidden=forbidden, top=top, keys=keys, temperature=column(temperature), soft=soft,
-            tile=tile,
+        choice = platform.choose(
+            "token_stats", implementation,
+            refusal(hidden, vocabulary, tile, top=top, soft=soft == "exact"),
+        )  # fmt: skip
+        found = partial_stats(
+            choice, hidden, vocabulary, first=first, bias=bias, scale=column(scale),
+            soft_cap=soft_cap, forbidden=forbidden, top=top, keys=keys,
+            temperature=column(temperature), soft=soft == "exact", active=active, tile=tile,
         )  # fmt: skip
         if axis_name is not None:
-            found = _gathered(found, axis_name)
-        return _finished(found)
+            found = gathered(found, axis_name)
+        stats = _finished(found)
+        if soft == "top":
+            shares = jax.nn.softmax(stats.scores)
+            stats = stats._replace(soft=_mean_of(shares, stats.ids, vocabulary, axis_name))
+        if active is not None:
+            stats = jax.tree.map(
+                lambda x: jnp.where(active.reshape(-1, *[1] * (x.ndim - 1)), x, 0), stats
+            )
+        return stats
 
 
-def _on(implementation: str | None, hidden, vocabulary, tile) -> Callable[..., Partial]:
-    """The function that was asked for, or the one of the device that is compiled for."""
-    if implementation not in (None, "xla", "tpu"):
-        raise ValueError(f"implementation={implementation!r} is none of None, 'xla', 'tpu'")
-    reason = tpu.takes(hidden, vocabulary, tile)
-    if implementation == "tpu":
-        if reason:
-            raise ValueError(f"the TPU kernel does not take this: {reason}")
-        return tpu.stats
-    if implementation == "xla" or kernels_of() != "tpu":
-        return xla.stats
-    if reason:
-        note(f"token_stats runs in XLA, not in the TPU kernel: {reason}")
-        return xla.stats
-    return _by_platform
+def refusal(hidden, vocabulary, tile, **options) -> Callable[[str], str | None]:
+    """Why the kernels of "tpu" or "gpu" do not take such arguments; see `platform.choose`."""
+
+    def of(name: str) -> str | None:
+        if name == "tpu":
+            return tpu.takes(hidden, vocabulary, tile)
+        return gpu.takes(hidden, vocabulary, tile, **options)
+
+    return of
 
 
-def _by_platform(hidden, vocabulary, **options) -> Partial:
+def partial_stats(choice: platform.Choice, hidden, vocabulary, **options) -> Partial:
+    """What the chosen implementation finds in (a shard of) the vocabulary."""
     static = {name: options.pop(name) for name in xla.STATIC if name in options}
-    return jax.lax.platform_dependent(
-        hidden, vocabulary, options,
-        tpu=lambda hidden, vocabulary, options: tpu.stats(hidden, vocabulary, **options, **static),
-        default=lambda hidden, vocabulary, options: xla.stats(
-            hidden, vocabulary, **options, **static
-        ),
-    )  # fmt: skip
+    functions = {
+        name: lambda hidden, vocabulary, options, of=of: of(hidden, vocabulary, **options, **static)
+        for name, of in (("xla", xla.stats), ("tpu", tpu.stats), ("gpu", gpu.stats))
+    }
+    return platform.run(choice, functions, hidden, vocabulary, options)
 
 
-def _gathered(found: Partial, axis_name: str) -> Partial:
+def gathered(found: Partial, axis_name: str) -> Partial:
     """The parts of all shards, merged in their order: a few numbers a row travel, no scores."""
     parts = jax.lax.all_gather(found, axis_name)
     merged = jax.tree.map(lambda x: x[0], parts)
@@ -151,6 +162,16 @@ def _summed(mass: Mass) -> tuple[jax.Array, jax.Array]:
     return mass.top + log_total, log_total - mass.spread / mass.total
 
 
+def _mean_of(shares, ids, vocabulary, axis_name: str | None) -> jax.Array:
+    """The mean of tokens' vectors by their shares [R, k], float32[R, D]."""
+    vectors, there = _at(vocabulary, ids, axis_name)
+    mean = jnp.einsum(
+        "rk,rkd->rd", jnp.where(there, shares, 0.0).astype(vectors.dtype), vectors,
+        preferred_element_type=jnp.float32, precision="highest",
+    )  # fmt: skip
+    return mean if axis_name is None else jax.lax.psum(mean, axis_name)
+
+
 def scores_at(
     hidden: Float[Array, "R D"],
     vocabulary: Float[Array, "V D"],
@@ -159,18 +180,31 @@ def scores_at(
     bias: Float[Array, "V"] | None = None,
     scale: Float[Array, "R"] | None = None,
     soft_cap: float = 0.0,
+    axis_name: str | None = None,
 ) -> Float[Array, "R m"]:
-    """Scores of given tokens of each row; less `log_z`, their log-probabilities.
+    """Scores of given tokens of each row; less `TokenStats.log_z`, their log-probabilities.
 
     A product with the tokens' own vectors: it needs no pass over the vocabulary. Arguments are
-    those of `token_stats`.
+    those of `token_stats`; with `axis_name`, ids are those of the whole vocabulary, and every shard
+    gets all their scores. (Where tokens are forbidden, so must the ids not be: they have scores.)
     """
-    vectors = vocabulary[ids].astype(hidden.dtype)
+    vectors, there = _at(vocabulary, ids, axis_name)
     scores = jnp.einsum(
-        "rd,rmd->rm", hidden, vectors, preferred_element_type=jnp.float32, precision="highest"
-    )
+        "rd,rmd->rm", hidden, vectors.astype(hidden.dtype), preferred_element_type=jnp.float32,
+        precision="highest",
+    )  # fmt: skip
     if bias is not None:
-        scores = scores + bias.astype(jnp.float32)[ids]
+        scores = scores + _at(bias, ids, axis_name)[0].astype(jnp.float32)
     if soft_cap:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
+    if axis_name is not None:
+        scores = jax.lax.psum(jnp.where(there, scores, 0.0), axis_name)
     return scores if scale is None else scores * scale[:, None]
+
+
+def _at(values, ids, axis_name: str | None) -> tuple[jax.Array, jax.Array]:
+    """The values of tokens, and which tokens this shard has: for the others there is some value."""
+    first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * len(values)
+    own = ids - first
+    there = (own >= 0) & (own < len(values))
+    return values[jnp.clip(own, 0, len(values) - 1)], there

@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.token_stats.noise import gumbel
 from pallas_kernels.token_stats.partial import LOWEST, Mass, Partial, Race
+from pallas_kernels.token_stats.rows import packing
 from pallas_kernels.token_stats.tuned import tile_for
 
 _ROWS = 256  # of a block: enough for the MXU, and the scores of a tile fit
@@ -42,11 +43,12 @@ def takes(hidden, vocabulary, tile: int | None = None) -> str | None:
 
 def stats(
     hidden, vocabulary, *, first=0, bias=None, scale=None, soft_cap=0.0, forbidden=(), top=1,
-    keys=None, temperature=None, soft=False, tile=None, interpret=False,
+    keys=None, temperature=None, soft=False, active=None, tile=None, interpret=False,
 ) -> Partial:  # fmt: skip
     """As `reference.partial_stats`; `bias` [v], `scale` and `temperature` [R, 1].
 
     Args:
+      active: bool[R], rows that need an answer: blocks of others alone are left out.
       tile: tokens of a tile, a multiple of 128; `tuned.tile_for` by default.
     """
     count, dim = hidden.shape
@@ -57,6 +59,13 @@ def stats(
     align = 16 if dtype == jnp.bfloat16 else 8
     rows = min(_ROWS, -(-count // align) * align)
     padded = -(-count // rows) * rows
+    blocks, place = padded // rows, None
+    if active is not None and blocks > 1:
+        order, place, total = packing(active)
+        blocks = (total + rows - 1) // rows
+        hidden, scale, keys, temperature = jax.tree.map(
+            lambda x: x[order], (hidden, scale, keys, temperature)
+        )
     over_rows = lambda x: jnp.pad(x, ((0, padded - count), (0, 0)))  # noqa: E731
 
     operands, specs = [over_rows(hidden)], [pl.BlockSpec((rows, dim), lambda i, j, _: (i, 0))]
@@ -92,7 +101,7 @@ def stats(
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(padded // rows, -(-size // tile)),
+            grid=(blocks, -(-size // tile)),
             in_specs=specs,
             out_specs=out_specs,
             scratch_shapes=[pltpu.VMEM((rows, tile), jnp.float32)],
@@ -109,7 +118,9 @@ def stats(
         interpret=interpret,
         name="token_stats",
     )(jnp.asarray(first, jnp.int32)[None], *operands)  # fmt: skip
-    numbers, ids, best, best_ids, *vectors = (x[:count] for x in found)
+    numbers, ids, best, best_ids, *vectors = (
+        x[:count] if place is None else x[place] for x in found
+    )
     hot = race = None
     if keys is not None:
         hot = Mass(numbers[:, _HOT_M], numbers[:, _HOT_S], numbers[:, _HOT_U])

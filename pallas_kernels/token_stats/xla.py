@@ -13,19 +13,25 @@ import jax.numpy as jnp
 
 from pallas_kernels.token_stats.partial import Partial, merge, of_scores
 from pallas_kernels.token_stats.reference import partial_stats, scores_of, without
+from pallas_kernels.token_stats.rows import over_active
 
 STATIC = ("soft_cap", "forbidden", "top", "soft", "tile")  # options that are part of the program
 
 _ROWS = 128  # of a piece on CPUs: enough for products at full speed
+_FEW = 16  # so many take about as long as one: reading the vocabulary does
 _TILE = 4096  # tokens whose scores of these rows stay in a CPU's cache
 _SCORES = 1 << 23  # elements of a piece elsewhere, 32 MiB
 
 
-def stats(hidden, vocabulary, *, tile: int | None = None, keys=None, **options) -> Partial:
+def stats(
+    hidden, vocabulary, *, tile: int | None = None, keys=None, active=None, **options
+) -> Partial:
     """As `reference.partial_stats`; `bias` [v], `scale` and `temperature` [R, 1].
 
     Args:
       tile: tokens of a piece of the vocabulary, on every device; by default see above.
+      active: bool[R], rows that need an answer. Only CPUs leave the others out: elsewhere rows may
+        be split over devices, and few cost as much as many, for all of the vocabulary is read.
     """
     size = len(vocabulary)
     if tile is not None:
@@ -33,18 +39,26 @@ def stats(hidden, vocabulary, *, tile: int | None = None, keys=None, **options) 
     tile = min(max(_SCORES // max(len(hidden), 1) // 512 * 512, 512), size)
     static = {name: options.pop(name) for name in STATIC if name in options}
     return jax.lax.platform_dependent(
-        hidden, vocabulary, {"keys": keys, **options},
-        cpu=lambda hidden, vocabulary, own: _over_rows(hidden, vocabulary, **own, **static),
-        default=lambda hidden, vocabulary, own: _over_tokens(
+        hidden, vocabulary, active, {"keys": keys, **options},
+        cpu=lambda hidden, vocabulary, active, own: _over_rows(
+            hidden, vocabulary, active, **own, **static
+        ),
+        default=lambda hidden, vocabulary, active, own: _over_tokens(
             hidden, vocabulary, tile, **own, **static
         ),
     )  # fmt: skip
 
 
-def _over_rows(hidden, vocabulary, *, keys=None, scale=None, temperature=None, **options):
+def _over_rows(hidden, vocabulary, active, *, keys=None, scale=None, temperature=None, **options):
     """A few rows at a time against all of the vocabulary."""
     count = len(hidden)
     per_row = {"hidden": hidden, "keys": keys, "scale": scale, "temperature": temperature}
+    if active is not None and count > _FEW:
+        most = min(count, _ROWS)
+        return over_active(
+            lambda rows: _of_few(vocabulary=vocabulary, **rows, **options), per_row, active,
+            (-(-most // 2), most),
+        )  # fmt: skip
     if count <= _ROWS:
         return _of_few(vocabulary=vocabulary, **per_row, **options)
     pieces = -(-count // _ROWS)
