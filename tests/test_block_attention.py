@@ -129,10 +129,8 @@ def test_bytes_in_chosen_pieces_of_a_padded_cache(own):
     stored = rng.integers(-127, 128, (3, 2, slots, 2 * half)).astype(np.int8)
     scale = rng.uniform(0.005, 0.05, (3, 2, 2)).astype(np.float32)
     ends, chosen = np.array([12, 7, 9]), rng.random((3, 4)) < 0.5
-    out, lse = block_attention_lse(
-        *map(jnp.asarray, (q, k, v)), mask, cache=jnp.asarray(stored), cache_end=jnp.asarray(ends),
-        cache_scale=jnp.asarray(scale), chosen=jnp.asarray(chosen), own=own,
-    )  # fmt: skip
+    attend = jax.jit(partial(block_attention_lse, mask=mask, own=own))
+    out, lse = attend(q, k, v, cache=stored, cache_end=ends, cache_scale=scale, chosen=chosen)
     prefix = np.moveaxis(stored.reshape(3, 2, slots, 2, half) * scale[:, :, None, :, None], 1, 2)
     keys = np.concatenate([prefix[:, :, :, 0, :size], k], axis=1)
     values = np.concatenate([prefix[:, :, :, 1, :size], v], axis=1)
