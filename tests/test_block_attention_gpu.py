@@ -169,11 +169,12 @@ def test_programs_read_what_is_seen_and_no_more(name, seed):
 
 
 def test_few_rows_are_shared_out():
-    assert gpu._splits(programs=264, places=264, most=8) == 1
-    assert gpu._splits(programs=128, places=264, most=8) == 2
-    assert gpu._splits(programs=8, places=132, most=16) == 14
-    assert gpu._splits(programs=8, places=132, most=0) == 1
-    assert gpu._splits(programs=140, places=132, most=8) == 4  # 53 % busy alone, 85 % so
+    shared = partial(gpu._splits, places=264)
+    assert shared(264, tiles=512, uneven=False) == 1
+    assert shared(32, tiles=512, uneven=False) == 8  # fills the chip once
+    assert shared(128, tiles=64, uneven=True) == 4  # twice, as one row may be the longest
+    assert shared(32, tiles=31, uneven=False) == 3  # of eight tiles and more
+    assert shared(1, tiles=0, uneven=False) == 1
 
 
 def test_what_it_does_not_take_is_named():

@@ -31,6 +31,7 @@ MOST_ENTRIES = 256
 _ROWS = 64  # query rows of a warpgroup
 _SUBROWS, _CHUNK = 8, 64  # rows and columns of what shared memory is swizzled in, in bfloat16
 _MOST_GROUPS = 2  # warpgroups of a program: more would have too few registers each
+_BESIDE = 2  # what a program costs beside its tiles, in tiles: a guess
 _CORES = 132  # streaming multiprocessors of an H100
 _NEG = -(2.0**100)  # a score that nobody sees: a power of two, so that scaling it is exact
 _LOG2E = math.log2(math.e)
@@ -183,25 +184,29 @@ def _specify(
     groups = -(-blocks // stretches)
     tiling = _TILINGS[size, groups]
     if splits is None:
-        # What a program writes is about a tile, and it is read again: so eight tiles for it.
-        most = reach // (8 * tiling.tile)
-        splits = _splits(batch * kv_heads * stretches, _CORES * tiling.places, most)
+        programs, places = batch * kv_heads * stretches, _CORES * tiling.places
+        splits = _splits(programs, places, reach // tiling.tile, uneven=batch > 1)
     return _Spec(
         size=size, tile=tiling.tile, stages=tiling.stages, groups=groups, stretches=stretches,
         splits=splits, scale=1.0, soft_cap=0.0, interpreted=False,
     )  # fmt: skip
 
 
-def _splits(programs: int, places: int, most: int) -> int:
-    """The fewest shares, at most `most`, that keep the chip's places about as busy as any."""
+def _splits(programs: int, places: int, tiles: int, *, uneven: bool) -> int:
+    """The fewest shares of `tiles` that keep the chip's places about as busy as any number of them.
+
+    A share has eight tiles or more: what it writes is about a tile, and is read again. Rows that
+    are unequally long want several shares for each place, or the longest row is waited for.
+    """
 
     def busy(splits: int) -> float:
-        waves = programs * splits / places
-        return waves / math.ceil(waves)
+        waves, tiles_each = programs * splits / places, tiles / splits
+        full = waves / (math.ceil(waves) + uneven / 2)
+        return full * tiles_each / (tiles_each + _BESIDE)
 
-    shares = range(1, max(most, 1) + 1)
+    shares = range(1, max(tiles // 8, 1) + 1)
     best = max(map(busy, shares))
-    return next(n for n in shares if busy(n) >= 0.85 * best)
+    return next(n for n in shares if busy(n) >= 0.95 * best)
 
 
 def _edges(mask: BlockMask, entries: int, slots: int, *, cache_end, hole, lengths, window: int):
