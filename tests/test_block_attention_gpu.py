@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from pallas_kernels import BlockMask
-from pallas_kernels.block_attention import gpu, reference
+from pallas_kernels.block_attention import gpu, reference, shares
 from tests.test_block_attention_tpu import MASKS, case
 
 needs_mosaic = pytest.mark.skipif(
@@ -128,52 +128,51 @@ def test_programs_read_what_is_seen_and_no_more(name, seed):
     mask, entries = MASKS[name]
     rng = np.random.default_rng(seed)
     slots, tile = int(rng.integers(8, 60)), 8
-    spec = gpu._Spec(
-        size=64, tile=tile, stages=1, groups=1, stretches=2, splits=1, scale=1.0, soft_cap=0.0,
-        interpreted=True,
-    )  # fmt: skip
+    rows = -(-entries // 2)  # of a program
     end, valid = (jnp.asarray(rng.integers(0, n + 1, 3), jnp.int32) for n in (slots, mask.clean))
     hole = jnp.asarray(np.sort(rng.integers(0, slots + 1, (2, 3)), axis=0), jnp.int32)
-    edges = gpu._edges(
+    edges = shares.edges(
         mask, entries, slots, cache_end=end, hole=tuple(hole) if rng.integers(2) else None,
         lengths=valid, window=int(rng.integers(0, 30)),
     )  # fmt: skip
-    edges = gpu._padded(edges, 3, 2 * spec.rows, mode="edge")
-    numbers, edges = np.asarray(gpu._numbers(spec, edges)), np.asarray(edges)
+    edges = jnp.pad(edges, ((0, 0), (0, 0), (0, 0), (0, 2 * rows - entries)), mode="edge")
+    numbers, edges = np.asarray(shares.numbers(edges, rows, tile)), np.asarray(edges)
     places = np.arange(-(-max(slots, entries) // tile) * tile)
     for row, stretch in np.ndindex(3, 2):
         mine = numbers[row, stretch]
-        bounds = edges[row, :, :, stretch * spec.rows : (stretch + 1) * spec.rows, None]
+        bounds = edges[row, :, :, stretch * rows : (stretch + 1) * rows, None]
         a, b, c, d = np.moveaxis(bounds, 1, 0)  # each [2, rows, 1]
         seen = ((places >= a) & (places < b)) | ((places >= c) & (places < d))  # [2, rows, keys]
         listed = []
         for item in range(mine[3]):
             run = int((item >= mine[:3]).sum())
-            listed.append((run // 2, int(item + mine[gpu._SHIFT + run])))
+            listed.append((run // 2, int(item + mine[shares.SHIFT + run])))
         tiled = seen.reshape(*seen.shape[:2], -1, tile)
         assert listed == [tuple(x) for x in np.argwhere(tiled.any(axis=(1, 3))).tolist()]
         for kind, at in listed:
             low, high = at * tile, (at + 1) * tile
             read, whole = (
-                mine[start + 4 * kind : start + 4 * kind + 4] for start in (gpu._READ, gpu._WHOLE)
+                mine[start + 4 * kind : start + 4 * kind + 4]
+                for start in (shares.READ, shares.WHOLE)
             )
             inside = (
                 ((low >= a) & (high <= b)).all(axis=(1, 2)),
                 ((low >= c) & (high <= d)).all(axis=(1, 2)),
             )
-            assert gpu._inside(low, high, whole) == (inside[0] | inside[1])[kind]
-            assert tiled[kind, :, at].all() or not gpu._inside(low, high, whole)
+            assert shares.inside(low, high, whole) == (inside[0] | inside[1])[kind]
+            assert tiled[kind, :, at].all() or not shares.inside(low, high, whole)
             keys = places[low:high]
-            readable = np.asarray(gpu._inside(keys, keys + 1, read))
+            readable = np.asarray(shares.inside(keys, keys + 1, read))
             np.testing.assert_array_equal(readable, seen[kind, :, low:high].any(axis=0))
 
 
 def test_few_rows_are_shared_out():
-    assert gpu._splits(programs=264, places=264, most=8) == 1
-    assert gpu._splits(programs=128, places=264, most=8) == 2
-    assert gpu._splits(programs=8, places=132, most=16) == 14
-    assert gpu._splits(programs=8, places=132, most=0) == 1
-    assert gpu._splits(programs=140, places=132, most=8) == 4  # 53 % busy alone, 85 % so
+    shared = partial(shares.splits, places=264)
+    assert shared(264, tiles=512, uneven=False) == 1
+    assert shared(32, tiles=512, uneven=False) == 8  # fills the chip once
+    assert shared(128, tiles=64, uneven=True) == 4  # twice, as one row may be the longest
+    assert shared(32, tiles=31, uneven=False) == 3  # of eight tiles and more
+    assert shared(1, tiles=0, uneven=False) == 1
 
 
 def test_what_it_does_not_take_is_named():

@@ -9,7 +9,7 @@ it replaces; a copy brings keys and values, as they lie side by side.
 
 The entries' own keys and values are further tiles, so nothing else runs than the packing of the
 queries before and the merge after. What a query may read, cached or own, is two intervals of keys
-(`_edges`): of a cache, up to a hole and behind it; of the entries, clean ones and its own group.
+(`shares`): of a cache, up to a hole and behind it; of the entries, clean ones and its own group.
 Tiles outside of these intervals are not read; only tiles that one cuts for some query are masked.
 """
 
@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int
 
-from pallas_kernels.block_attention import worklist
+from pallas_kernels.block_attention import shares
 from pallas_kernels.masks import BlockMask
 
 MOST_ENTRIES = 256
@@ -34,11 +34,6 @@ _MOST_GROUPS = 2  # warpgroups of a program: more would have too few registers e
 _CORES = 132  # streaming multiprocessors of an H100
 _NEG = -(2.0**100)  # a score that nobody sees: a power of two, so that scaling it is exact
 _LOG2E = math.log2(math.e)
-_FAR = 1 << 30  # behind every key
-
-# Which keys a tile is of, and its place in the numbers of a program.
-_CACHED, _OWN = 0, 1
-_UNTIL, _SHIFT, _READ, _WHOLE = 0, 4, 8, 16
 
 
 class _Tiling(NamedTuple):
@@ -136,15 +131,15 @@ def block_attention(
     spec = _specify(batch, kv_heads, entries * group, size, reach, splits)._replace(
         scale=size**-0.5 if scale is None else scale, soft_cap=soft_cap, interpreted=bool(interpret)
     )
-    edges = _edges(
+    edges = shares.edges(
         mask, entries, cache.shape[3],
         cache_end=cache_end, hole=hole, lengths=lengths, window=window,
     )  # fmt: skip
     edges = _padded(jnp.repeat(edges, group, axis=3), 3, spec.stretches * spec.rows, mode="edge")
+    numbers = shares.numbers(edges, spec.rows, spec.tile)
+    own = _padded(_own(k, v), 2, _multiple(entries, spec.tile))
     out, lse = _call(
-        spec, jnp.asarray(layer, jnp.int32).reshape(1), _numbers(spec, edges), edges,
-        _by_head(q, kv_heads),
-        _padded(_own(k, v), 2, _multiple(entries, spec.tile)),
+        spec, jnp.asarray(layer, jnp.int32).reshape(1), numbers, edges, _by_head(q, kv_heads), own,
         cache, interpret,
     )  # fmt: skip
     out, lse = _merged(out, lse)
@@ -192,92 +187,12 @@ def _specify(
     groups = -(-blocks // stretches)
     tiling = _TILINGS[size, groups]
     if splits is None:
-        # What a program writes is about a tile, and it is read again: so eight tiles for it.
-        most = reach // (8 * tiling.tile)
-        splits = _splits(batch * kv_heads * stretches, _CORES * tiling.places, most)
+        programs, places = batch * kv_heads * stretches, _CORES * tiling.places
+        splits = shares.splits(programs, places, reach // tiling.tile, uneven=batch > 1)
     return _Spec(
         size=size, tile=tiling.tile, stages=tiling.stages, groups=groups, stretches=stretches,
         splits=splits, scale=1.0, soft_cap=0.0, interpreted=False,
     )  # fmt: skip
-
-
-def _splits(programs: int, places: int, most: int) -> int:
-    """The fewest shares, at most `most`, that keep the chip's places about as busy as any."""
-
-    def busy(splits: int) -> float:
-        waves = programs * splits / places
-        return waves / math.ceil(waves)
-
-    shares = range(1, max(most, 1) + 1)
-    best = max(map(busy, shares))
-    return next(n for n in shares if busy(n) >= 0.85 * best)
-
-
-def _edges(mask: BlockMask, entries: int, slots: int, *, cache_end, hole, lengths, window: int):
-    """What each entry reads: keys in [first, second) or [third, fourth).
-
-    Returns:
-      int32[B, 2, 4, Q]: of the cache, and of the entries' own keys.
-    """
-    base = cache_end if hole is None else hole[0]  # the slot of clean entry 0
-    none = jnp.zeros_like(cache_end)
-    first, second = (none, none) if hole is None else hole
-    valid = jnp.full_like(none, mask.clean) if lengths is None else lengths
-    base, first, second, valid, end = (
-        x[:, None] for x in (base, first, second, valid, jnp.minimum(cache_end, slots))
-    )
-    second = jnp.maximum(first, second)
-    index = jnp.arange(entries)[None]
-    noisy = index >= mask.clean
-    begin = mask.clean + mask.group(index) * mask.block
-    low = jnp.full_like(index, 0)
-    start = low
-    if window:
-        low = worklist.place(mask, index, valid) - window + 1
-        start = jnp.maximum(base + low, 0)
-    cached = start, jnp.minimum(first, end), jnp.maximum(second, start), end
-    own = (
-        jnp.maximum(low, 0), jnp.minimum(mask.clean_end(index), valid),
-        jnp.where(noisy, begin, 0), jnp.where(noisy, begin + mask.block, 0),
-    )  # fmt: skip
-    shape = cache_end.shape[0], entries
-    kinds = [
-        jnp.stack([jnp.broadcast_to(x, shape) for x in kind], axis=1) for kind in (cached, own)
-    ]
-    return jnp.stack(kinds, axis=1).astype(jnp.int32)
-
-
-def _numbers(spec: _Spec, edges) -> jax.Array:
-    """What a program goes by, int32[B, stretches, 24].
-
-    Its tiles are four runs: of the cache, up to a hole and behind it; of the entries, clean ones
-    and noisy ones. Step t is of the first run whose `_UNTIL` is above t, and its tile is t plus the
-    run's `_SHIFT`. `_READ` and `_WHOLE` are two intervals of each kind of keys: those that some
-    query reads, and those that all do.
-    """
-    edges = edges.reshape(*edges.shape[:3], spec.stretches, spec.rows)
-    low, high = edges[:, :, 0::2], edges[:, :, 1::2]  # [B, 2, 2, stretches, rows]
-    some = low < high
-    first = jnp.where(some, low, _FAR).min(axis=4)
-    last = jnp.where(some, high, 0).max(axis=4)
-    begin, end = first // spec.tile, -(-last // spec.tile)
-    # A hole may begin and end in one tile, which is read once.
-    begin = begin.at[:, :, 1].max(end[:, :, 0])
-    count = jnp.maximum(end - begin, 0)
-
-    def flat(x):
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, spec.stretches), 2, 1)
-
-    begin, count = flat(begin), flat(count)
-    until = jnp.cumsum(count, axis=2)
-
-    def intervals(low, high):
-        return flat(jnp.stack([low, high], axis=3))
-
-    read = intervals(first, last)
-    whole = intervals(low.max(axis=4), high.min(axis=4))
-    parts = until, begin - (until - count), read, whole
-    return jnp.concatenate(parts, axis=2).astype(jnp.int32)
 
 
 def _call(spec: _Spec, layer, numbers, edges, queries, own, cache, interpret):
@@ -324,7 +239,7 @@ def _kernel(layer, numbers, edges, queries, own, cache, out, lse, *, spec: _Spec
     def number(i):
         return numbers[row, stretch, i]
 
-    items = number(_UNTIL + 3)
+    items = number(shares.UNTIL + 3)
     start = lax.div(split * items, jnp.int32(spec.splits))
     steps = lax.div((split + 1) * items, jnp.int32(spec.splits)) - start
     tiles, here, done = scratch["tiles"], scratch["here"], scratch["done"]
@@ -332,19 +247,19 @@ def _kernel(layer, numbers, edges, queries, own, cache, out, lse, *, spec: _Spec
     def tile_of(step):
         """The kind of keys of a step of this program, and the first of them."""
         item = start + step
-        run = sum((item >= number(_UNTIL + i)).astype(jnp.int32) for i in range(3))
-        return lax.div(run, jnp.int32(2)), (item + number(_SHIFT + run)) * spec.tile
+        run = sum((item >= number(shares.UNTIL + i)).astype(jnp.int32) for i in range(3))
+        return lax.div(run, jnp.int32(2)), (item + number(shares.SHIFT + run)) * spec.tile
 
     def ask(step, slot):
         kind, key = tile_of(step)
         keys = pl.ds(key, spec.tile)
 
-        @pl.when(kind == _CACHED)
+        @pl.when(kind == shares.CACHED)
         def _():
             source = cache.at[of_layer, row, head, keys]
             plgpu.copy_gmem_to_smem(source, tiles.at[slot], here.at[slot])
 
-        @pl.when(kind == _OWN)
+        @pl.when(kind == shares.OWN)
         def _():
             plgpu.copy_gmem_to_smem(own.at[row, head, keys], tiles.at[slot], here.at[slot])
 
@@ -407,8 +322,8 @@ def _update(spec: _Spec, state, scratch, slot, kind, key, number, edges, me):
         # A tanh by exponentials: that of the chip is good to three digits.
         scores = 1 - 2 / (jnp.exp2(scores * (2 * _LOG2E * spec.scale / spec.soft_cap)) + 1)
 
-    whole = [number(_WHOLE + kind * 4 + i) for i in range(4)]
-    cut = ~_inside(key, key + spec.tile, whole)
+    whole = [number(shares.WHOLE + kind * 4 + i) for i in range(4)]
+    cut = ~shares.inside(key, key + spec.tile, whole)
 
     def masked(scores):
         place = key + plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
@@ -419,13 +334,13 @@ def _update(spec: _Spec, state, scratch, slot, kind, key, number, edges, me):
             )
             for i in range(4)
         ]  # fmt: skip
-        return jnp.where(_inside(place, place + 1, bounds), scores, _NEG)
+        return jnp.where(shares.inside(place, place + 1, bounds), scores, _NEG)
 
     scores = lax.cond(cut, masked, lambda scores: scores, scores)
 
     @pl.when(cut)
     def _():
-        read = [number(_READ + kind * 4 + i) for i in range(4)]
+        read = [number(shares.READ + kind * 4 + i) for i in range(4)]
         _clear(spec, values, key, read, me)
         plgpu.commit_smem()
         if spec.groups > 1:
@@ -450,7 +365,9 @@ def _clear(spec: _Spec, values, key, read, me):
         def _(i=i):
             part = values.at[:, i * _CHUNK : (i + 1) * _CHUNK]
             found = plgpu.layout_cast(part[...], plgpu.Layout.WGMMA)
-            part[...] = jnp.where(_inside(place, place + 1, read), found, jnp.zeros_like(found))
+            part[...] = jnp.where(
+                shares.inside(place, place + 1, read), found, jnp.zeros_like(found)
+            )
 
 
 def _mixed(spec: _Spec, acc, weights, values, scratch, me):
@@ -466,12 +383,6 @@ def _mixed(spec: _Spec, acc, weights, values, scratch, me):
 
         return acc + pl.run_scoped(product, plgpu.ACC(acc.shape, jnp.float32))
     return pl.run_state(lambda ref: plgpu.wgmma(ref, weights, values))(plgpu.ACC.init(acc))
-
-
-def _inside(low, high, intervals):
-    """Whether [low, high) is in one of two intervals."""
-    a, b, c, d = intervals
-    return ((low >= a) & (high <= b)) | ((low >= c) & (high <= d))
 
 
 def _divided(x, by: int):
