@@ -1,0 +1,366 @@
+"""Token statistics on Hopper GPUs: the vocabulary streams through shared memory once.
+
+    grid (blocks of rows, ranges of the vocabulary): a program on each multiprocessor
+    program: one warpgroup fetches slabs, 64 numbers of hidden states and of a tile's vectors (TMA)
+             two multiply them (wgmma), and bring the scores of a tile into the running numbers
+
+Scores stay in registers. The numbers of the ranges become one by a few small operations of XLA.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.token_stats.noise import random_bits
+from pallas_kernels.token_stats.partial import LOWEST, Mass, Partial, Race
+
+_SLAB = 64  # numbers of a vector that travel together: 128 bytes, the widest swizzle
+_ROWS = 64  # of a warpgroup: those of one wgmma
+_GROUPS = 2  # warpgroups that compute; one more fetches
+_TOP = 4  # the most of the largest scores that are kept
+_RING = 200 << 10  # bytes of slabs on their way
+_CHUNK = 32  # tokens whose noise is made at a time
+_BEHIND = 0x7FFFFFFF  # an id behind all others
+_PER_ROW, _PER_TOKEN = (plgpu.Layout.WGMMA.reduce(axis) for axis in (1, 0))
+
+
+class _Plan(NamedTuple):
+    """How the work is cut."""
+
+    rows: int  # of a program
+    tile: int  # tokens of a tile
+    own: int  # tokens of a tile that one warpgroup multiplies
+    blocks: int  # of rows
+    ranges: int  # of the vocabulary
+    parts: int  # partial results of a row
+
+
+class _Running(NamedTuple):
+    """What a warpgroup knows of its 64 rows so far. The largest score is `best[0]`."""
+
+    best: tuple[jax.Array, ...]  # float32[64] each, in order
+    ids: tuple[jax.Array, ...]  # int32[64]
+    mass: tuple[jax.Array, jax.Array]  # float32[64]: total, spread
+    hot: tuple[jax.Array, jax.Array] | None = None
+    race: tuple[jax.Array, jax.Array, jax.Array] | None = None  # value, id, score
+
+
+def takes(hidden, vocabulary, tile=None, *, top: int = 1, soft: bool = False) -> str | None:
+    """None where the kernel takes such arguments; else why not, in a line."""
+    if jax.__version_info__ < (0, 11):
+        return f"JAX is {jax.__version__}; the kernel needs 0.11"
+    if tile is not None:
+        return "the kernel chooses its tile"
+    for name, array in (("hidden states", hidden), ("vectors", vocabulary)):
+        if array.dtype != jnp.bfloat16:
+            return f"{name} are {array.dtype}; the kernel takes bfloat16"
+    if hidden.shape[1] % _SLAB:
+        return f"vectors of {hidden.shape[1]} are no multiple of {_SLAB}"
+    if len(vocabulary) < 256:
+        return f"a vocabulary of {len(vocabulary)} is less than a tile"
+    if top > _TOP:
+        return f"top={top} is more than the {_TOP} that fit into registers"
+    return "the kernel forms no mean vector" if soft else None
+
+
+def stats(
+    hidden, vocabulary, *, first=0, bias=None, scale=None, soft_cap=0.0, forbidden=(), top=1,
+    keys=None, temperature=None, soft=False, tile=None, programs=None, interpret=None,
+) -> Partial:  # fmt: skip
+    """As `reference.partial_stats`; `bias` [v], `scale` and `temperature` [R, 1].
+
+    Args:
+      soft, tile: not taken.
+      programs: that run at once; by default the multiprocessors of the device.
+      interpret: `mosaic_gpu.InterpretGPUParams`, to run without a GPU.
+    """
+    if reason := takes(hidden, vocabulary, tile, top=top, soft=soft):
+        raise ValueError(f"the GPU kernel does not take this: {reason}")
+    count, dim = hidden.shape
+    size = len(vocabulary)
+    plan = _planned(count, size, programs or _multiprocessors())
+    padded = plan.blocks * plan.rows
+
+    def over_rows(x, fill=0):
+        return jnp.pad(x, ((0, padded - count), (0, 0)), constant_values=fill)
+
+    operands = {"first": jnp.asarray(first, jnp.int32)[None]}
+    if bias is not None:
+        behind = -size % plan.tile
+        operands["bias"] = jnp.pad(bias.astype(jnp.float32), (0, behind))
+    if scale is not None:
+        operands["scale"] = over_rows(scale.astype(jnp.float32))[:, 0]
+    if keys is not None and temperature is not None:
+        keys = over_rows(keys)
+        operands["key0"], operands["key1"] = keys[:, 0], keys[:, 1]
+        operands["cool"] = over_rows(1 / temperature.astype(jnp.float32), 1)[:, 0]
+    drawn = "cool" in operands
+
+    stages = _RING // ((plan.rows + plan.tile) * _SLAB * hidden.dtype.itemsize)
+    swizzled = (plgpu.TilingTransform((8, _SLAB)), plgpu.SwizzleTransform(128))
+    ring = lambda height: plgpu.SMEM(  # noqa: E731
+        (stages, height, _SLAB), hidden.dtype, transforms=swizzled
+    )
+    numbers = jax.ShapeDtypeStruct((plan.parts, top + 2 + 5 * drawn, padded), jnp.float32)
+    ids = jax.ShapeDtypeStruct((plan.parts, top + drawn, padded), jnp.int32)
+    found = plgpu.kernel(
+        partial(
+            _kernel, plan=plan, size=size, top=top, soft_cap=soft_cap, forbidden=tuple(forbidden)
+        ),
+        out_type=[numbers, ids],
+        scratch_types=[
+            ring(plan.rows), ring(plan.tile), plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=_GROUPS, num_barriers=stages),
+        ],
+        grid=(plan.ranges, plan.blocks), grid_names=("range", "block"),
+        num_threads=_GROUPS + 1, thread_name="group",
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+        ),
+        interpret=interpret, kernel_name="token_stats",
+    )(operands, hidden, vocabulary)  # fmt: skip
+    return jax.tree.map(lambda x: x[:count], _merged(*found, top=top))
+
+
+def _multiprocessors() -> int:
+    """Of the GPU that is compiled for; of an H100 where there is none."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        return device.num_cores or 132
+    return getattr(jax.devices()[0], "core_count", None) or 132
+
+
+def _planned(count: int, size: int, programs: int) -> _Plan:
+    # A vector is fetched once for 128 rows; for up to 64, the warpgroups share the tokens.
+    few = count <= _ROWS
+    rows, own = (_ROWS, 128) if few else (_GROUPS * _ROWS, 128)
+    tile = own * (_GROUPS if few else 1)
+    blocks = -(-count // rows)
+    ranges = max(min(programs // blocks, -(-size // tile)), 1)
+    return _Plan(rows, tile, own, blocks, ranges, ranges * (_GROUPS if few else 1))
+
+
+def _kernel(
+    operands, hidden_ref, vectors_ref, numbers_ref, ids_ref, hidden_ring, vectors_ring, full, free,
+    *, plan, size, top, soft_cap, forbidden,
+):  # fmt: skip
+    group = jax.lax.axis_index("group")
+    block, place = jax.lax.axis_index("block"), jax.lax.axis_index("range")
+    tiles, slabs, stages = -(-size // plan.tile), hidden_ref.shape[1] // _SLAB, hidden_ring.shape[0]
+    begin, end = (jax.lax.div(x * tiles, plan.ranges) for x in (place, place + 1))
+
+    @pl.when(group == _GROUPS)
+    def _():
+        plgpu.set_max_registers(40, action="decrease")
+
+        @pl.loop(0, (end - begin) * slabs)
+        def _(step):
+            slot = jax.lax.rem(step, stages)
+            pl.when(step >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+            at = pl.ds(jax.lax.rem(step, slabs) * _SLAB, _SLAB)
+            row, token = block * plan.rows, (begin + jax.lax.div(step, slabs)) * plan.tile
+            plgpu.copy_gmem_to_smem(
+                hidden_ref.at[pl.ds(row, plan.rows), at], hidden_ring.at[slot], full.at[slot]
+            )
+            plgpu.copy_gmem_to_smem(
+                vectors_ref.at[pl.ds(token, plan.tile), at], vectors_ring.at[slot], full.at[slot]
+            )
+
+    @pl.when(group < _GROUPS)
+    def _():
+        plgpu.set_max_registers(232, action="increase")
+        few = plan.tile > plan.own
+        row, token = (0, group * plan.own) if few else (group * _ROWS, 0)
+        at = pl.ds(block * plan.rows + row, _ROWS)
+        of_rows = {
+            name: plgpu.load(operands[name].at[at], layout=_PER_ROW, optimized=False)
+            for name in ("scale", "key0", "key1", "cool")
+            if name in operands
+        }
+
+        def add_tile(i, running):
+            def multiplied(scores_ref):
+                def multiply(slab, _):
+                    step = i * slabs + slab
+                    slot = jax.lax.rem(step, stages)
+                    plgpu.barrier_wait(full.at[slot])
+                    plgpu.wgmma(
+                        scores_ref,
+                        hidden_ring.at[slot, pl.ds(row, _ROWS)],
+                        vectors_ring.at[slot, pl.ds(token, plan.own)].transpose((1, 0)),
+                    )
+                    plgpu.wgmma_wait(1)  # for the one before
+                    before = jax.lax.rem(step + stages - 1, stages)
+                    pl.when(slab > 0)(lambda: plgpu.barrier_arrive(free.at[before]))
+
+                jax.lax.fori_loop(0, slabs, multiply, None)
+                return scores_ref[...]
+
+            scores = pl.run_scoped(multiplied, plgpu.ACC((_ROWS, plan.own), jnp.float32))
+            plgpu.barrier_arrive(free.at[jax.lax.rem((i + 1) * slabs - 1, stages)])
+            start = (begin + i) * plan.tile + token
+            if "bias" in operands:
+                bias = plgpu.load(
+                    operands["bias"].at[pl.ds(start, plan.own)], layout=_PER_TOKEN, optimized=False
+                )
+                scores = scores + jax.lax.broadcast_in_dim(bias, scores.shape, [1])
+            if soft_cap:
+                scores = soft_cap * jnp.tanh(scores / soft_cap)
+            if "scale" in operands:
+                scores = scores * _wide(of_rows["scale"], scores)
+            places = start + plgpu.broadcasted_iota(
+                jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA
+            )
+            barred = places >= size
+            ids = operands["first"][0] + places
+            for one in forbidden:
+                barred = barred | (ids == one)
+            return _added(running, jnp.where(barred, LOWEST, scores), ids, of_rows, top)
+
+        found = jax.lax.fori_loop(0, end - begin, add_tile, _nothing(top, "cool" in operands))
+        part = place * (plan.tile // plan.own) + (group if few else 0)
+        numbers, ids = [*found.best, *found.mass], [*found.ids]
+        if found.hot is not None and found.race is not None:
+            value, winner, score = found.race
+            numbers += [*found.hot, value, score, _warmed(found.best[0], of_rows["cool"])]
+            ids.append(winner)
+        for ref, columns in ((numbers_ref, numbers), (ids_ref, ids)):
+            for j, column in enumerate(columns):
+                plgpu.store(ref.at[part, j, at], column, optimized=False)
+
+
+def _nothing(top: int, drawn: bool) -> _Running:
+    """Of no token."""
+    full = lambda x, dtype=jnp.float32: plgpu.layout_cast(jnp.full((_ROWS,), x, dtype), _PER_ROW)  # noqa: E731
+    sums = full(0.0), full(0.0)
+    return _Running(
+        (full(LOWEST),) * top, (full(0, jnp.int32),) * top, sums,
+        *((sums, (full(LOWEST), full(0, jnp.int32), full(LOWEST))) if drawn else ()),
+    )  # fmt: skip
+
+
+def _wide(x, like):
+    """Numbers of rows, at each token."""
+    return jax.lax.broadcast_in_dim(x, like.shape, [0])
+
+
+def _added(running: _Running, scores, ids, of_rows, top: int) -> _Running:
+    """The running numbers with a tile's scores float32[64, t] of the tokens `ids` int32[64, t]."""
+    best, best_ids = running.best, running.ids
+    left, new_best, new_ids = scores, best, best_ids
+    for _ in range(top):
+        value = left.max(axis=1)
+        winner = _first(left, value, ids)
+        new_best, new_ids = _inserted(new_best, new_ids, value, winner)
+        left = jnp.where(ids == _wide(winner, ids), LOWEST, left)
+    found = running._replace(
+        best=new_best, ids=new_ids, mass=_summed(running.mass, best[0], new_best[0], scores)
+    )
+    if running.hot is None or running.race is None:
+        return found
+    cool = of_rows["cool"]
+    warm = _warmed(scores, _wide(cool, scores))
+    hot = _summed(running.hot, _warmed(best[0], cool), _warmed(new_best[0], cool), warm)
+    race = running.race
+    for start in range(0, scores.shape[1], _CHUNK):
+        cut = lambda x, start=start: x[:, start : start + _CHUNK]  # noqa: E731
+        own = cut(ids)
+        key0, key1 = (_wide(of_rows[name], own) for name in ("key0", "key1"))
+        values = cut(warm) + _gumbel(random_bits(key0, key1, own.astype(jnp.uint32)))
+        value = values.max(axis=1)
+        winner = _first(values, value, own)
+        score = jnp.where(own == _wide(winner, own), cut(scores), LOWEST).max(axis=1)
+        later = value > race[0]
+        race = tuple(
+            jnp.where(later, x, y) for x, y in zip((value, winner, score), race, strict=True)
+        )
+    return found._replace(hot=hot, race=race)
+
+
+def _first(values, largest, ids):
+    """The lowest id, int32[64], whose value is the largest of its row."""
+    return jnp.where(values == _wide(largest, values), ids, jnp.int32(_BEHIND)).min(axis=1)
+
+
+def _inserted(best, ids, value, winner):
+    """The lists in order, with a newcomer behind its equals, without their last."""
+    out = []
+    for number, one in zip(best, ids, strict=True):
+        ahead = value > number
+        out.append((jnp.where(ahead, value, number), jnp.where(ahead, winner, one)))
+        value, winner = jnp.where(ahead, number, value), jnp.where(ahead, one, winner)
+    return tuple(zip(*out, strict=True))
+
+
+def _warmed(scores, cool):
+    """Over the temperature; what is barred stays finite."""
+    return jnp.maximum(scores * cool, LOWEST)
+
+
+def _summed(sums, before, top, scores):
+    """The sums, whose largest score was `before`, with a tile's; the largest is now `top`."""
+    total, spread = sums
+    shift = before - top
+    keep = jnp.exp(shift)
+    below = scores - _wide(top, scores)
+    weights = jnp.exp(below)
+    total, spread = (
+        keep * total + weights.sum(axis=1),
+        keep * (spread + shift * total) + (weights * below).sum(axis=1),
+    )
+    some = top > LOWEST  # else every token is barred
+    return jnp.where(some, total, 0.0), jnp.where(some, spread, 0.0)
+
+
+def _gumbel(bits):
+    """As `noise.gumbel_of`, with one logarithm less, and without log1p, which does not lower.
+
+    For the share near one, log(1 - share) is that of the rounded difference plus what was rounded
+    off, exact to the last digits of either.
+    """
+    whole = (bits >> jnp.uint32(1)).astype(jnp.int32)
+    low = whole < (1 << 30)
+    near = jnp.where(low, whole, jnp.int32(_BEHIND) - whole).astype(jnp.float32)
+    share = (near + 0.5) * jnp.float32(2.0**-31)
+    rest = 1.0 - share
+    lost = (1.0 - rest) - share
+    return -jnp.log(-(jnp.log(jnp.where(low, share, rest)) + jnp.where(low, 0.0, lost)))
+
+
+def _merged(numbers, ids, *, top: int) -> Partial:
+    """Of all parts float32[P, n, R], int32[P, n, R]. In whatever order: the lowest id wins."""
+    scores, tokens = (x[:, :top].reshape(-1, x.shape[2]) for x in (numbers, ids))
+    best, best_ids = [], []
+    for _ in range(top):
+        value, winner, _ = _winner(scores, tokens)
+        best.append(value)
+        best_ids.append(winner)
+        scores = jnp.where(tokens == winner, LOWEST, scores)
+    sums = numbers[:, top:]
+    mass = _together(numbers[:, 0], sums[:, 0], sums[:, 1])
+    hot = race = None
+    if sums.shape[1] > 2:
+        _, _, hot_total, hot_spread, value, score, hot_top = jnp.moveaxis(sums, 1, 0)
+        hot = _together(hot_top, hot_total, hot_spread)
+        race = Race(*_winner(value, ids[:, top], score))
+    return Partial(mass, jnp.stack(best, axis=1), jnp.stack(best_ids, axis=1), hot, race)
+
+
+def _winner(values, ids, scores=None):
+    """The largest value of each row, [P, R], the lowest id that has it, and that one's score."""
+    value = values.max(axis=0)
+    winner = jnp.where(values == value, ids, _BEHIND).min(axis=0)
+    own = None if scores is None else jnp.where(ids == winner, scores, LOWEST).max(axis=0)
+    return value, winner, own
+
+
+def _together(top, total, spread) -> Mass:
+    """The sums of parts, float32[P, R] each."""
+    most = top.max(axis=0)
+    shift = jnp.maximum(top - most, -1e4)
+    keep = jnp.exp(shift)
+    return Mass(most, (keep * total).sum(axis=0), (keep * (spread + shift * total)).sum(axis=0))
