@@ -7,7 +7,7 @@
 Scores stay in registers. The numbers of the ranges become one by a few small operations of XLA.
 """
 
-from functools import partial
+from functools import partial, reduce
 from typing import NamedTuple
 
 import jax
@@ -23,7 +23,7 @@ _ROWS = 64  # of a warpgroup: those of one wgmma
 _GROUPS = 2  # warpgroups that compute; one more fetches
 _TOP = 4  # the most of the largest scores that are kept
 _RING = 200 << 10  # bytes of slabs on their way
-_CHUNK = 32  # tokens whose noise is made at a time
+_PIECE = 16  # tokens whose numbers are in the making at a time: they need registers
 _BEHIND = 0x7FFFFFFF  # an id behind all others
 _PER_ROW, _PER_TOKEN = (plgpu.Layout.WGMMA.reduce(axis) for axis in (1, 0))
 
@@ -155,7 +155,7 @@ def _kernel(
 
     @pl.when(group == _GROUPS)
     def _():
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(24, action="decrease")
 
         @pl.loop(0, (end - begin) * slabs)
         def _(step):
@@ -172,7 +172,7 @@ def _kernel(
 
     @pl.when(group < _GROUPS)
     def _():
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(240, action="increase")
         few = plan.tile > plan.own
         row, token = (0, group * plan.own) if few else (group * _ROWS, 0)
         at = pl.ds(block * plan.rows + row, _ROWS)
@@ -202,24 +202,25 @@ def _kernel(
 
             scores = pl.run_scoped(multiplied, plgpu.ACC((_ROWS, plan.own), jnp.float32))
             plgpu.barrier_arrive(free.at[jax.lax.rem((i + 1) * slabs - 1, stages)])
-            start = (begin + i) * plan.tile + token
-            if "bias" in operands:
-                bias = plgpu.load(
-                    operands["bias"].at[pl.ds(start, plan.own)], layout=_PER_TOKEN, optimized=False
+            pieces = []
+            for cut in range(0, plan.own, _PIECE):
+                start = (begin + i) * plan.tile + token + cut
+                own = scores[:, cut : cut + _PIECE]
+                if "bias" in operands:
+                    at = operands["bias"].at[pl.ds(start, _PIECE)]
+                    own += _wide(plgpu.load(at, layout=_PER_TOKEN, optimized=False), own, axis=1)
+                if soft_cap:
+                    own = soft_cap * jnp.tanh(own * (1 / soft_cap))
+                if "scale" in of_rows:
+                    own *= _wide(of_rows["scale"], own)
+                places = start + plgpu.broadcasted_iota(
+                    jnp.int32, own.shape, 1, layout=plgpu.Layout.WGMMA
                 )
-                scores = scores + jax.lax.broadcast_in_dim(bias, scores.shape, [1])
-            if soft_cap:
-                scores = soft_cap * jnp.tanh(scores / soft_cap)
-            if "scale" in operands:
-                scores = scores * _wide(of_rows["scale"], scores)
-            places = start + plgpu.broadcasted_iota(
-                jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA
-            )
-            barred = places >= size
-            ids = operands["first"][0] + places
-            for one in forbidden:
-                barred = barred | (ids == one)
-            return _added(running, jnp.where(barred, LOWEST, scores), ids, of_rows, top)
+                ids, barred = operands["first"][0] + places, places >= size
+                for one in forbidden:
+                    barred = barred | (ids == one)
+                pieces.append((jnp.where(barred, LOWEST, own), ids))
+            return _added(running, pieces, of_rows)
 
         found = jax.lax.fori_loop(0, end - begin, add_tile, _nothing(top, "cool" in operands))
         part = place * (plan.tile // plan.own) + (group if few else 0)
@@ -243,47 +244,58 @@ def _nothing(top: int, drawn: bool) -> _Running:
     )  # fmt: skip
 
 
-def _wide(x, like):
-    """Numbers of rows, at each token."""
-    return jax.lax.broadcast_in_dim(x, like.shape, [0])
+def _wide(x, like, axis=0):
+    """Numbers of rows (or tokens, axis 1), at each score."""
+    return jax.lax.broadcast_in_dim(x, like.shape, [axis])
 
 
-def _added(running: _Running, scores, ids, of_rows, top: int) -> _Running:
-    """The running numbers with a tile's scores float32[64, t] of the tokens `ids` int32[64, t]."""
-    best, best_ids = running.best, running.ids
-    left, new_best, new_ids = scores, best, best_ids
-    for _ in range(top):
-        value = left.max(axis=1)
-        winner = _first(left, value, ids)
-        new_best, new_ids = _inserted(new_best, new_ids, value, winner)
-        left = jnp.where(ids == _wide(winner, ids), LOWEST, left)
+def _added(running: _Running, pieces, of_rows) -> _Running:
+    """The running numbers with a tile's: pieces of scores float32[64, t] and ids int32[64, t]."""
+    best, best_ids, left = running.best, running.ids, pieces
+    for rank in range(len(best)):
+        value = reduce(jnp.maximum, (scores for scores, _ in left)).max(axis=1)
+        winner = reduce(jnp.minimum, (_where(x, value, ids) for x, ids in left)).min(axis=1)
+        best, best_ids = _inserted(best, best_ids, value, winner)
+        if rank + 1 < len(best):
+            left = [(jnp.where(ids == _wide(winner, ids), LOWEST, x), ids) for x, ids in left]
     found = running._replace(
-        best=new_best, ids=new_ids, mass=_summed(running.mass, best[0], new_best[0], scores)
+        best=best,
+        ids=best_ids,
+        mass=_summed(running.mass, running.best[0], best[0], [scores for scores, _ in pieces]),
     )
     if running.hot is None or running.race is None:
         return found
     cool = of_rows["cool"]
-    warm = _warmed(scores, _wide(cool, scores))
-    hot = _summed(running.hot, _warmed(best[0], cool), _warmed(new_best[0], cool), warm)
-    race = running.race
-    for start in range(0, scores.shape[1], _CHUNK):
-        cut = lambda x, start=start: x[:, start : start + _CHUNK]  # noqa: E731
-        own = cut(ids)
-        key0, key1 = (_wide(of_rows[name], own) for name in ("key0", "key1"))
-        values = cut(warm) + _gumbel(random_bits(key0, key1, own.astype(jnp.uint32)))
-        value = values.max(axis=1)
-        winner = _first(values, value, own)
-        score = jnp.where(own == _wide(winner, own), cut(scores), LOWEST).max(axis=1)
-        later = value > race[0]
-        race = tuple(
-            jnp.where(later, x, y) for x, y in zip((value, winner, score), race, strict=True)
-        )
+    warm = [_warmed(scores, _wide(cool, scores)) for scores, _ in pieces]
+    hot = _summed(running.hot, _warmed(running.best[0], cool), _warmed(best[0], cool), warm)
+    values, winners, scores = _raced(pieces, warm, of_rows)
+    value = values.max(axis=1)
+    winner = _where(values, value, winners).min(axis=1)
+    score = jnp.where(winners == _wide(winner, winners), scores, LOWEST).max(axis=1)
+    later = value > running.race[0]
+    race = tuple(
+        jnp.where(later, x, y) for x, y in zip((value, winner, score), running.race, strict=True)
+    )
     return found._replace(hot=hot, race=race)
 
 
-def _first(values, largest, ids):
-    """The lowest id, int32[64], whose value is the largest of its row."""
-    return jnp.where(values == _wide(largest, values), ids, jnp.int32(_BEHIND)).min(axis=1)
+def _raced(pieces, warm, of_rows):
+    """At each place of a piece, the winner among the pieces: its value, its id and its score."""
+    best = None
+    for (scores, ids), own in zip(pieces, warm, strict=True):
+        key0, key1 = (_wide(of_rows[name], ids) for name in ("key0", "key1"))
+        one = own + _gumbel(random_bits(key0, key1, ids.astype(jnp.uint32))), ids, scores
+        if best is None:
+            best = one
+            continue
+        later = one[0] > best[0]
+        best = tuple(jnp.where(later, x, y) for x, y in zip(one, best, strict=True))
+    return best
+
+
+def _where(values, largest, ids):
+    """The ids whose value is the largest of its row; elsewhere one behind all."""
+    return jnp.where(values == _wide(largest, values), ids, jnp.int32(_BEHIND))
 
 
 def _inserted(best, ids, value, winner):
@@ -301,17 +313,17 @@ def _warmed(scores, cool):
     return jnp.maximum(scores * cool, LOWEST)
 
 
-def _summed(sums, before, top, scores):
+def _summed(sums, before, top, pieces):
     """The sums, whose largest score was `before`, with a tile's; the largest is now `top`."""
-    total, spread = sums
     shift = before - top
     keep = jnp.exp(shift)
-    below = scores - _wide(top, scores)
-    weights = jnp.exp(below)
-    total, spread = (
-        keep * total + weights.sum(axis=1),
-        keep * (spread + shift * total) + (weights * below).sum(axis=1),
-    )
+    total, spread = 0.0, 0.0
+    for scores in pieces:
+        below = scores - _wide(top, scores)
+        weights = jnp.exp(below)
+        total, spread = total + weights, spread + weights * below
+    total = keep * sums[0] + total.sum(axis=1)
+    spread = keep * (sums[1] + shift * sums[0]) + spread.sum(axis=1)
     some = top > LOWEST  # else every token is barred
     return jnp.where(some, total, 0.0), jnp.where(some, spread, 0.0)
 
