@@ -22,7 +22,7 @@ _SLAB = 64  # numbers of a vector that travel together: 128 bytes, the widest sw
 _ROWS = 64  # of a warpgroup: those of one wgmma
 _GROUPS = 2  # warpgroups that compute; one more fetches
 _TOP = 4  # the most of the largest scores that are kept
-_RING = 200 << 10  # bytes of slabs on their way
+_SHARED = 216 << 10  # bytes of slabs on their way, and of scores
 _PIECE = 16  # tokens whose numbers are in the making at a time: they need registers
 _BEHIND = 0x7FFFFFFF  # an id behind all others
 _PER_ROW, _PER_TOKEN = (plgpu.Layout.WGMMA.reduce(axis) for axis in (1, 0))
@@ -82,7 +82,7 @@ def stats(
         raise ValueError(f"the GPU kernel does not take this: {reason}")
     count, dim = hidden.shape
     size = len(vocabulary)
-    plan = _planned(count, size, programs or _multiprocessors())
+    plan = _planned(count, size, programs or _multiprocessors(), keys is not None)
     padded = plan.blocks * plan.rows
 
     def over_rows(x, fill=0):
@@ -100,7 +100,13 @@ def stats(
         operands["cool"] = over_rows(1 / temperature.astype(jnp.float32), 1)[:, 0]
     drawn = "cool" in operands
 
-    stages = _RING // ((plan.rows + plan.tile) * _SLAB * hidden.dtype.itemsize)
+    scores = []
+    if drawn:
+        shape = (_GROUPS, plan.own // _PIECE, _ROWS, _PIECE)
+        scores = [plgpu.SMEM(shape, jnp.float32)]
+    stages = (_SHARED - 4 * drawn * _GROUPS * _ROWS * plan.own) // (
+        (plan.rows + plan.tile) * _SLAB * hidden.dtype.itemsize
+    )
     swizzled = (plgpu.TilingTransform((8, _SLAB)), plgpu.SwizzleTransform(128))
     ring = lambda height: plgpu.SMEM(  # noqa: E731
         (stages, height, _SLAB), hidden.dtype, transforms=swizzled
@@ -114,7 +120,7 @@ def stats(
         out_type=[numbers, ids],
         scratch_types=[
             ring(plan.rows), ring(plan.tile), plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=_GROUPS, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=_GROUPS, num_barriers=stages), *scores,
         ],
         grid=(plan.ranges, plan.blocks), grid_names=("range", "block"),
         num_threads=_GROUPS + 1, thread_name="group",
@@ -134,11 +140,11 @@ def _multiprocessors() -> int:
     return getattr(jax.devices()[0], "core_count", None) or 132
 
 
-def _planned(count: int, size: int, programs: int) -> _Plan:
+def _planned(count: int, size: int, programs: int, drawn: bool) -> _Plan:
     # A vector is fetched once for 128 rows; for up to 64, the warpgroups share the tokens.
     few = count <= _ROWS
-    rows, own = (_ROWS, 128) if few else (_GROUPS * _ROWS, 128)
-    tile = own * (_GROUPS if few else 1)
+    own = 128 if few or drawn else 256
+    rows, tile = (_ROWS, _GROUPS * own) if few else (_GROUPS * _ROWS, own)
     blocks = -(-count // rows)
     ranges = max(min(programs // blocks, -(-size // tile)), 1)
     return _Plan(rows, tile, own, blocks, ranges, ranges * (_GROUPS if few else 1))
@@ -146,7 +152,7 @@ def _planned(count: int, size: int, programs: int) -> _Plan:
 
 def _kernel(
     operands, hidden_ref, vectors_ref, numbers_ref, ids_ref, hidden_ring, vectors_ring, full, free,
-    *, plan, size, top, soft_cap, forbidden,
+    scores_ref=None, *, plan, size, top, soft_cap, forbidden,
 ):  # fmt: skip
     group = jax.lax.axis_index("group")
     block, place = jax.lax.axis_index("block"), jax.lax.axis_index("range")
@@ -213,14 +219,18 @@ def _kernel(
                     own = soft_cap * jnp.tanh(own * (1 / soft_cap))
                 if "scale" in of_rows:
                     own *= _wide(of_rows["scale"], own)
-                places = start + plgpu.broadcasted_iota(
-                    jnp.int32, own.shape, 1, layout=plgpu.Layout.WGMMA
-                )
+                places = start + _iota(own.shape)
                 ids, barred = operands["first"][0] + places, places >= size
                 for one in forbidden:
                     barred = barred | (ids == one)
                 pieces.append((jnp.where(barred, LOWEST, own), ids))
-            return _added(running, pieces, of_rows)
+            found = _added(running, pieces)
+            if scores_ref is None:
+                return found
+            for j, (own, _) in enumerate(pieces):
+                plgpu.store(scores_ref.at[group, j], own, optimized=False)
+            first = operands["first"][0] + (begin + i) * plan.tile + token
+            return _drawn(running, found, scores_ref.at[group], first, of_rows)
 
         found = jax.lax.fori_loop(0, end - begin, add_tile, _nothing(top, "cool" in operands))
         part = place * (plan.tile // plan.own) + (group if few else 0)
@@ -249,8 +259,12 @@ def _wide(x, like, axis=0):
     return jax.lax.broadcast_in_dim(x, like.shape, [axis])
 
 
-def _added(running: _Running, pieces, of_rows) -> _Running:
-    """The running numbers with a tile's: pieces of scores float32[64, t] and ids int32[64, t]."""
+def _iota(shape):
+    return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+
+
+def _added(running: _Running, pieces) -> _Running:
+    """The best and the sums with a tile's pieces, scores float32[64, t] and ids int32[64, t]."""
     best, best_ids, left = running.best, running.ids, pieces
     for rank in range(len(best)):
         value = reduce(jnp.maximum, (scores for scores, _ in left)).max(axis=1)
@@ -258,39 +272,53 @@ def _added(running: _Running, pieces, of_rows) -> _Running:
         best, best_ids = _inserted(best, best_ids, value, winner)
         if rank + 1 < len(best):
             left = [(jnp.where(ids == _wide(winner, ids), LOWEST, x), ids) for x, ids in left]
-    found = running._replace(
-        best=best,
-        ids=best_ids,
-        mass=_summed(running.mass, running.best[0], best[0], [scores for scores, _ in pieces]),
-    )
-    if running.hot is None or running.race is None:
-        return found
+    total, spread = 0.0, 0.0
+    for scores, _ in pieces:
+        below = scores - _wide(best[0], scores)
+        weights = jnp.exp(below)
+        total, spread = total + weights, spread + weights * below
+    mass = _summed(running.mass, running.best[0], best[0], total, spread)
+    return running._replace(best=best, ids=best_ids, mass=mass)
+
+
+def _drawn(running: _Running, found: _Running, scores_ref, first, of_rows) -> _Running:
+    """The sums over the temperature, and the race for a sample, with a tile's scores in memory.
+
+    A loop over pieces: in one piece, the code of the noise outgrows the instruction cache.
+    """
     cool = of_rows["cool"]
-    warm = [_warmed(scores, _wide(cool, scores)) for scores, _ in pieces]
-    hot = _summed(running.hot, _warmed(running.best[0], cool), _warmed(best[0], cool), warm)
-    values, winners, scores = _raced(pieces, warm, of_rows)
+    top = _warmed(found.best[0], cool)
+
+    def add(j, so_far):
+        total, spread, *best = so_far
+        scores = plgpu.load(scores_ref.at[j], layout=plgpu.Layout.WGMMA, optimized=False)
+        ids = first + j * _PIECE + _iota(scores.shape)
+        warm = _warmed(scores, _wide(cool, scores))
+        below = warm - _wide(top, warm)
+        weights = jnp.exp(below)
+        keys = (_wide(of_rows[name], ids) for name in ("key0", "key1"))
+        values = warm + _gumbel(random_bits(*keys, ids.astype(jnp.uint32)))
+        later = values > best[0]
+        best = (jnp.where(later, x, y) for x, y in zip((values, ids, scores), best, strict=True))
+        return total + weights, spread + weights * below, *best
+
+    shape = scores_ref.shape[1:]
+    full = lambda x, dtype=jnp.float32: plgpu.layout_cast(  # noqa: E731
+        jnp.full(shape, x, dtype), plgpu.Layout.WGMMA
+    )
+    total, spread, values, ids, scores = jax.lax.fori_loop(
+        0, scores_ref.shape[0], add,
+        (full(0.0), full(0.0), full(LOWEST), full(_BEHIND, jnp.int32), full(LOWEST)),
+    )  # fmt: skip
+    hot = _summed(running.hot, _warmed(running.best[0], cool), top, total, spread)
     value = values.max(axis=1)
-    winner = _where(values, value, winners).min(axis=1)
-    score = jnp.where(winners == _wide(winner, winners), scores, LOWEST).max(axis=1)
+    winner = _where(values, value, ids).min(axis=1)
+    score = jnp.where(ids == _wide(winner, ids), scores, LOWEST).max(axis=1)
     later = value > running.race[0]
     race = tuple(
         jnp.where(later, x, y) for x, y in zip((value, winner, score), running.race, strict=True)
     )
     return found._replace(hot=hot, race=race)
-
-
-def _raced(pieces, warm, of_rows):
-    """At each place of a piece, the winner among the pieces: its value, its id and its score."""
-    best = None
-    for (scores, ids), own in zip(pieces, warm, strict=True):
-        key0, key1 = (_wide(of_rows[name], ids) for name in ("key0", "key1"))
-        one = own + _gumbel(random_bits(key0, key1, ids.astype(jnp.uint32))), ids, scores
-        if best is None:
-            best = one
-            continue
-        later = one[0] > best[0]
-        best = tuple(jnp.where(later, x, y) for x, y in zip(one, best, strict=True))
-    return best
 
 
 def _where(values, largest, ids):
@@ -313,15 +341,10 @@ def _warmed(scores, cool):
     return jnp.maximum(scores * cool, LOWEST)
 
 
-def _summed(sums, before, top, pieces):
-    """The sums, whose largest score was `before`, with a tile's; the largest is now `top`."""
+def _summed(sums, before, top, total, spread):
+    """The sums, whose largest score was `before`, with those of a tile below `top`, the new one."""
     shift = before - top
     keep = jnp.exp(shift)
-    total, spread = 0.0, 0.0
-    for scores in pieces:
-        below = scores - _wide(top, scores)
-        weights = jnp.exp(below)
-        total, spread = total + weights, spread + weights * below
     total = keep * sums[0] + total.sum(axis=1)
     spread = keep * (sums[1] + shift * sums[0]) + spread.sum(axis=1)
     some = top > LOWEST  # else every token is barred
