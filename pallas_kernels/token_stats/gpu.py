@@ -20,6 +20,7 @@ from pallas_kernels.token_stats.partial import LOWEST, Mass, Partial, Race
 
 _SLAB = 64  # numbers of a vector that travel together: 128 bytes, the widest swizzle
 _ROWS = 64  # of a warpgroup: those of one wgmma
+_BOX = 8  # rows that TMA brings into the order of wgmma: arrays are of whole ones
 _GROUPS = 2  # warpgroups that compute; one more fetches
 _TOP = 4  # the most of the largest scores that are kept
 _SHARED = 216 << 10  # bytes of slabs on their way, and of scores
@@ -60,8 +61,8 @@ def takes(hidden, vocabulary, tile=None, *, top: int = 1, soft: bool = False) ->
             return f"{name} are {array.dtype}; the kernel takes bfloat16"
     if hidden.shape[1] % _SLAB:
         return f"vectors of {hidden.shape[1]} are no multiple of {_SLAB}"
-    if len(vocabulary) < 256:
-        return f"a vocabulary of {len(vocabulary)} is less than a tile"
+    if len(vocabulary) < 256 or len(vocabulary) % _BOX:
+        return f"a vocabulary of {len(vocabulary)} is less than a tile, or no multiple of {_BOX}"
     if top > _TOP:
         return f"top={top} is more than the {_TOP} that fit into registers"
     return "the kernel forms no mean vector" if soft else None
@@ -82,7 +83,7 @@ def stats(
         raise ValueError(f"the GPU kernel does not take this: {reason}")
     count, dim = hidden.shape
     size = len(vocabulary)
-    plan = _planned(count, size, programs or _multiprocessors(), keys is not None)
+    plan = _planned(count, size, programs or _multiprocessors(), keys is None and top == 1)
     padded = plan.blocks * plan.rows
 
     def over_rows(x, fill=0):
@@ -128,7 +129,7 @@ def stats(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
         interpret=interpret, kernel_name="token_stats",
-    )(operands, hidden, vocabulary)  # fmt: skip
+    )(operands, jnp.pad(hidden, ((0, -count % _BOX), (0, 0))), vocabulary)  # fmt: skip
     return jax.tree.map(lambda x: x[:count], _merged(*found, top=top))
 
 
@@ -140,10 +141,14 @@ def _multiprocessors() -> int:
     return getattr(jax.devices()[0], "core_count", None) or 132
 
 
-def _planned(count: int, size: int, programs: int, drawn: bool) -> _Plan:
-    # A vector is fetched once for 128 rows; for up to 64, the warpgroups share the tokens.
+def _planned(count: int, size: int, programs: int, plain: bool) -> _Plan:
+    """A vector is fetched once for 128 rows; of up to 64, the warpgroups share the tokens.
+
+    Args:
+      plain: whether no sample is asked, and one token: there are registers for a wider tile.
+    """
     few = count <= _ROWS
-    own = 128 if few or drawn else 256
+    own = 256 if plain and not few else 128
     rows, tile = (_ROWS, _GROUPS * own) if few else (_GROUPS * _ROWS, own)
     blocks = -(-count // rows)
     ranges = max(min(programs // blocks, -(-size // tile)), 1)
