@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from pallas_kernels.token_stats import gpu, noise, partial as parts, reference
+from pallas_kernels.token_stats import gpu, noise, reference
+from pallas_kernels.token_stats import partial as parts
 
 needs_mosaic = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="Mosaic GPU as the kernel uses it is in JAX 0.11"
@@ -69,6 +70,24 @@ def test_interpreted_is_the_definition(name):
 
 
 @needs_mosaic
+@pytest.mark.parametrize("count", [0, 3, 131])
+def test_rows_that_are_not_active_change_nothing(count):
+    hidden, vocabulary, own = drawn(4, 260, 320, 64)
+    active = jax.random.permutation(jax.random.key(1), 260) < count
+    options = {"keys": own["keys"], "temperature": own["temperature"], "scale": own["scale"]}
+    got = jax.jit(
+        lambda h, v: gpu.stats(
+            h, v, **options, active=active, programs=7, interpret=plgpu.InterpretGPUParams()
+        )
+    )(hidden, vocabulary)
+    exact = hidden.astype(jnp.float32), vocabulary.astype(jnp.float32)
+    want = reference.partial_stats(*exact, **options)
+    keep = np.flatnonzero(active)
+    got, want = jax.tree.map(lambda x: x[keep], (got, want))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-5), got, want)
+
+
+@needs_mosaic
 def test_of_equal_scores_the_lowest_id_is_first():
     """Across the warpgroups of a tile, the tiles of a range, and the ranges."""
     hidden = jnp.ones((2, 64), jnp.bfloat16)
@@ -102,7 +121,10 @@ def test_merging_parts_is_folding_them(seed, top, equal):
     )  # fmt: skip
     found = [of(scores[:, i : i + 7], jnp.arange(i, i + 7)) for i in range(0, 28, 7)]
     want = reduce(parts.merge, found)
-    got = gpu._merged(*_as_kernel(found), top=top)
+    got = gpu._merged(*_as_kernel(found), 4, top=top)
+    behind = [jnp.concatenate([x, jnp.full_like(x, 1e9)]) for x in _as_kernel(found)]
+    again = gpu._merged(*behind, jnp.int32(4), top=top)
+    jax.tree.map(np.testing.assert_array_equal, again, got)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), got, want)
 
 

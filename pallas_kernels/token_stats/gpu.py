@@ -32,12 +32,11 @@ _PER_ROW, _PER_TOKEN = (plgpu.Layout.WGMMA.reduce(axis) for axis in (1, 0))
 class _Plan(NamedTuple):
     """How the work is cut."""
 
-    rows: int  # of a program
+    rows: int  # of a block: those that a program has
     tile: int  # tokens of a tile
     own: int  # tokens of a tile that one warpgroup multiplies
     blocks: int  # of rows
-    ranges: int  # of the vocabulary
-    parts: int  # partial results of a row
+    programs: int  # that share the blocks, and the vocabulary for each block
 
 
 class _Running(NamedTuple):
@@ -70,26 +69,38 @@ def takes(hidden, vocabulary, tile=None, *, top: int = 1, soft: bool = False) ->
 
 def stats(
     hidden, vocabulary, *, first=0, bias=None, scale=None, soft_cap=0.0, forbidden=(), top=1,
-    keys=None, temperature=None, soft=False, tile=None, programs=None, interpret=None,
+    keys=None, temperature=None, soft=False, active=None, tile=None, programs=None,
+    interpret=None,
 ) -> Partial:  # fmt: skip
     """As `reference.partial_stats`; `bias` [v], `scale` and `temperature` [R, 1].
 
     Args:
+      active: bool[R], rows that need an answer: blocks of others alone are left out, and what is
+        said of rows that are not active means nothing.
       soft, tile: not taken.
       programs: that run at once; by default the multiprocessors of the device.
       interpret: `mosaic_gpu.InterpretGPUParams`, to run without a GPU.
     """
     if reason := takes(hidden, vocabulary, tile, top=top, soft=soft):
         raise ValueError(f"the GPU kernel does not take this: {reason}")
-    count, dim = hidden.shape
+    count = len(hidden)
     size = len(vocabulary)
     plan = _planned(count, size, programs or _multiprocessors(), keys is None and top == 1)
-    padded = plan.blocks * plan.rows
+    padded, blocks, place = plan.blocks * plan.rows, plan.blocks, None
+    if active is not None and blocks > 1:
+        order = jnp.argsort(~active, stable=True)
+        place = jnp.maximum(jnp.cumsum(active) - 1, 0)
+        blocks = jnp.maximum(-(-active.sum(dtype=jnp.int32) // plan.rows), 1)
+        hidden, scale, keys, temperature = jax.tree.map(
+            lambda x: x[order], (hidden, scale, keys, temperature)
+        )
 
     def over_rows(x, fill=0):
         return jnp.pad(x, ((0, padded - count), (0, 0)), constant_values=fill)
 
     operands = {"first": jnp.asarray(first, jnp.int32)[None]}
+    if place is not None:
+        operands["blocks"] = blocks[None]
     if bias is not None:
         behind = -size % plan.tile
         operands["bias"] = jnp.pad(bias.astype(jnp.float32), (0, behind))
@@ -112,8 +123,10 @@ def stats(
     ring = lambda height: plgpu.SMEM(  # noqa: E731
         (stages, height, _SLAB), hidden.dtype, transforms=swizzled
     )
-    numbers = jax.ShapeDtypeStruct((plan.parts, top + 2 + 5 * drawn, padded), jnp.float32)
-    ids = jax.ShapeDtypeStruct((plan.parts, top + drawn, padded), jnp.int32)
+    shared = plan.tile // plan.own  # warpgroups that each have a part of the tokens
+    parts = plan.programs // (1 if place is not None else blocks) * shared
+    numbers = jax.ShapeDtypeStruct((parts, top + 2 + 5 * drawn, padded), jnp.float32)
+    ids = jax.ShapeDtypeStruct((parts, top + drawn, padded), jnp.int32)
     found = plgpu.kernel(
         partial(
             _kernel, plan=plan, size=size, top=top, soft_cap=soft_cap, forbidden=tuple(forbidden)
@@ -123,14 +136,15 @@ def stats(
             ring(plan.rows), ring(plan.tile), plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=_GROUPS, num_barriers=stages), *scores,
         ],
-        grid=(plan.ranges, plan.blocks), grid_names=("range", "block"),
+        grid=(plan.programs,), grid_names=("program",),
         num_threads=_GROUPS + 1, thread_name="group",
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
         interpret=interpret, kernel_name="token_stats",
     )(operands, jnp.pad(hidden, ((0, -count % _BOX), (0, 0))), vocabulary)  # fmt: skip
-    return jax.tree.map(lambda x: x[:count], _merged(*found, top=top))
+    merged = _merged(*found, plan.programs // blocks * shared, top=top)
+    return jax.tree.map(lambda x: x[:count] if place is None else x[place], merged)
 
 
 def _multiprocessors() -> int:
@@ -152,17 +166,20 @@ def _planned(count: int, size: int, programs: int, plain: bool) -> _Plan:
     rows, tile = (_ROWS, _GROUPS * own) if few else (_GROUPS * _ROWS, own)
     blocks = -(-count // rows)
     ranges = max(min(programs // blocks, -(-size // tile)), 1)
-    return _Plan(rows, tile, own, blocks, ranges, ranges * (_GROUPS if few else 1))
+    return _Plan(rows, tile, own, blocks, ranges * blocks)
 
 
 def _kernel(
     operands, hidden_ref, vectors_ref, numbers_ref, ids_ref, hidden_ring, vectors_ring, full, free,
     scores_ref=None, *, plan, size, top, soft_cap, forbidden,
 ):  # fmt: skip
-    group = jax.lax.axis_index("group")
-    block, place = jax.lax.axis_index("block"), jax.lax.axis_index("range")
+    group, program = jax.lax.axis_index("group"), jax.lax.axis_index("program")
+    blocks = operands["blocks"][0] if "blocks" in operands else plan.blocks
+    # Neighbours have the same tokens, of which one fetches for all, through the second-level cache.
+    block, place = jax.lax.rem(program, blocks), jax.lax.div(program, blocks)
+    ranges = jax.lax.div(jnp.int32(plan.programs), jnp.int32(blocks))
     tiles, slabs, stages = -(-size // plan.tile), hidden_ref.shape[1] // _SLAB, hidden_ring.shape[0]
-    begin, end = (jax.lax.div(x * tiles, plan.ranges) for x in (place, place + 1))
+    begin, end = (jnp.minimum(jax.lax.div(x * tiles, ranges), tiles) for x in (place, place + 1))
 
     @pl.when(group == _GROUPS)
     def _():
@@ -218,8 +235,9 @@ def _kernel(
                 start = (begin + i) * plan.tile + token + cut
                 own = scores[:, cut : cut + _PIECE]
                 if "bias" in operands:
-                    at = operands["bias"].at[pl.ds(start, _PIECE)]
-                    own += _wide(plgpu.load(at, layout=_PER_TOKEN, optimized=False), own, axis=1)
+                    bias_ref = operands["bias"].at[pl.ds(start, _PIECE)]
+                    bias = plgpu.load(bias_ref, layout=_PER_TOKEN, optimized=False)
+                    own += _wide(bias, own, axis=1)
                 if soft_cap:
                     own = soft_cap * jnp.tanh(own * (1 / soft_cap))
                 if "scale" in of_rows:
@@ -371,9 +389,14 @@ def _gumbel(bits):
     return -jnp.log(-(jnp.log(jnp.where(low, share, rest)) + jnp.where(low, 0.0, lost)))
 
 
-def _merged(numbers, ids, *, top: int) -> Partial:
-    """Of all parts float32[P, n, R], int32[P, n, R]. In whatever order: the lowest id wins."""
-    scores, tokens = (x[:, :top].reshape(-1, x.shape[2]) for x in (numbers, ids))
+def _merged(numbers, ids, parts, *, top: int) -> Partial:
+    """Of the first `parts` of float32[P, n, R], int32[P, n, R]. The lowest id of equals wins."""
+    if not isinstance(parts, int):  # the others were not written
+        nothing = jnp.array([LOWEST] * top + [0, 0] + [0, 0, LOWEST, LOWEST, LOWEST], jnp.float32)
+        there = jnp.arange(len(numbers))[:, None, None] < parts
+        numbers = jnp.where(there, numbers, nothing[: numbers.shape[1], None])
+    scores, tokens = numbers[:, :top], ids[:, :top]
+    scores, tokens = (x.reshape(-1, x.shape[2]) for x in (scores, tokens))
     best, best_ids = [], []
     for _ in range(top):
         value, winner, _ = _winner(scores, tokens)
