@@ -185,18 +185,24 @@ def _kernel(
     def _():
         plgpu.set_max_registers(24, action="decrease")
 
-        @pl.loop(0, (end - begin) * slabs)
+        steps = (end - begin) * slabs
+
+        @pl.loop(0, steps + stages)  # the last ones wait until all is read
         def _(step):
             slot = jax.lax.rem(step, stages)
             pl.when(step >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
-            at = pl.ds(jax.lax.rem(step, slabs) * _SLAB, _SLAB)
-            row, token = block * plan.rows, (begin + jax.lax.div(step, slabs)) * plan.tile
-            plgpu.copy_gmem_to_smem(
-                hidden_ref.at[pl.ds(row, plan.rows), at], hidden_ring.at[slot], full.at[slot]
-            )
-            plgpu.copy_gmem_to_smem(
-                vectors_ref.at[pl.ds(token, plan.tile), at], vectors_ring.at[slot], full.at[slot]
-            )
+
+            @pl.when(step < steps)
+            def _():
+                at = pl.ds(jax.lax.rem(step, slabs) * _SLAB, _SLAB)
+                row, token = block * plan.rows, (begin + jax.lax.div(step, slabs)) * plan.tile
+                for ref, start, height, ring in (
+                    (hidden_ref, row, plan.rows, hidden_ring),
+                    (vectors_ref, token, plan.tile, vectors_ring),
+                ):
+                    plgpu.copy_gmem_to_smem(
+                        ref.at[pl.ds(start, height), at], ring.at[slot], full.at[slot]
+                    )
 
     @pl.when(group < _GROUPS)
     def _():
@@ -251,7 +257,7 @@ def _kernel(
             if scores_ref is None:
                 return found
             for j, (own, _) in enumerate(pieces):
-                plgpu.store(scores_ref.at[group, j], own, optimized=False)
+                scores_ref[group, j] = own
             first = operands["first"][0] + (begin + i) * plan.tile + token
             return _drawn(running, found, scores_ref.at[group], first, of_rows)
 
@@ -264,7 +270,7 @@ def _kernel(
             ids.append(winner)
         for ref, columns in ((numbers_ref, numbers), (ids_ref, ids)):
             for j, column in enumerate(columns):
-                plgpu.store(ref.at[part, j, at], column, optimized=False)
+                ref[part, j, at] = column
 
 
 def _nothing(top: int, drawn: bool) -> _Running:
