@@ -1,13 +1,15 @@
 """Token statistics on Hopper GPUs: the vocabulary streams through shared memory once.
 
-    grid (blocks of rows, ranges of the vocabulary): a program on each multiprocessor
-    program: one warpgroup fetches slabs, 64 numbers of hidden states and of a tile's vectors (TMA)
-             two multiply them (wgmma), and bring the scores of a tile into the running numbers
+    a program on each multiprocessor: a block of rows, and a range of the vocabulary's tiles
+    one warpgroup fetches slabs: 64 numbers of hidden states, and of a tile's vectors (TMA)
+    two multiply them (wgmma), and bring the scores of a tile into their running numbers
 
-Scores stay in registers. The numbers of the ranges become one by a few small operations of XLA.
+Scores stay on the multiprocessor. The numbers of the ranges become one by a few small operations of
+XLA. Programs of two blocks and one range get the vectors by one transfer, as a cluster.
 """
 
-from functools import partial, reduce
+import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -15,18 +17,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.token_stats.noise import random_bits
+from pallas_kernels.token_stats import gpu_running
+from pallas_kernels.token_stats.gpu_running import BEHIND, PIECE, ROWS
 from pallas_kernels.token_stats.partial import LOWEST, Mass, Partial, Race
 
 _SLAB = 64  # numbers of a vector that travel together: 128 bytes, the widest swizzle
-_ROWS = 64  # of a warpgroup: those of one wgmma
 _BOX = 8  # rows that TMA brings into the order of wgmma: arrays are of whole ones
 _GROUPS = 2  # warpgroups that compute; one more fetches
 _TOP = 4  # the most of the largest scores that are kept
 _SHARED = 216 << 10  # bytes of slabs on their way, and of scores
-_PIECE = 16  # tokens whose numbers are in the making at a time: they need registers
-_BEHIND = 0x7FFFFFFF  # an id behind all others
-_PER_ROW, _PER_TOKEN = (plgpu.Layout.WGMMA.reduce(axis) for axis in (1, 0))
 
 
 class _Plan(NamedTuple):
@@ -37,16 +36,12 @@ class _Plan(NamedTuple):
     own: int  # tokens of a tile that one warpgroup multiplies
     blocks: int  # of rows
     programs: int  # that share the blocks, and the vocabulary for each block
+    together: int  # programs of a cluster
 
-
-class _Running(NamedTuple):
-    """What a warpgroup knows of its 64 rows so far. The largest score is `best[0]`."""
-
-    best: tuple[jax.Array, ...]  # float32[64] each, in order
-    ids: tuple[jax.Array, ...]  # int32[64]
-    mass: tuple[jax.Array, jax.Array]  # float32[64]: total, spread
-    hot: tuple[jax.Array, jax.Array] | None = None
-    race: tuple[jax.Array, jax.Array, jax.Array] | None = None  # value, id, score
+    @property
+    def split(self) -> int:
+        """Warpgroups between which the tokens of a tile are split; 1: the rows are."""
+        return self.tile // self.own
 
 
 def takes(hidden, vocabulary, tile=None, *, top: int = 1, soft: bool = False) -> str | None:
@@ -83,14 +78,14 @@ def stats(
     """
     if reason := takes(hidden, vocabulary, tile, top=top, soft=soft):
         raise ValueError(f"the GPU kernel does not take this: {reason}")
-    count = len(hidden)
-    size = len(vocabulary)
-    plan = _planned(count, size, programs or _multiprocessors(), keys is None and top == 1)
-    padded, blocks, place = plan.blocks * plan.rows, plan.blocks, None
-    if active is not None and blocks > 1:
-        order = jnp.argsort(~active, stable=True)
-        place = jnp.maximum(jnp.cumsum(active) - 1, 0)
-        blocks = jnp.maximum(-(-active.sum(dtype=jnp.int32) // plan.rows), 1)
+    count, size, drawn = len(hidden), len(vocabulary), keys is not None and temperature is not None
+    plan = _planned(count, size, programs or _multiprocessors(), plain=not drawn and top == 1)
+    padded = plan.blocks * plan.rows
+    live = place = None  # blocks that have active rows, and where an active row went
+    if active is not None and plan.blocks > 1:
+        order, place = jnp.argsort(~active, stable=True), jnp.maximum(jnp.cumsum(active) - 1, 0)
+        at_once = plan.rows * plan.together
+        live = jnp.maximum(-(-active.sum(dtype=jnp.int32) // at_once), 1) * plan.together
         hidden, scale, keys, temperature = jax.tree.map(
             lambda x: x[order], (hidden, scale, keys, temperature)
         )
@@ -99,51 +94,38 @@ def stats(
         return jnp.pad(x, ((0, padded - count), (0, 0)), constant_values=fill)
 
     operands = {"first": jnp.asarray(first, jnp.int32)[None]}
-    if place is not None:
-        operands["blocks"] = blocks[None]
+    if live is not None:
+        operands["live"] = live[None]
     if bias is not None:
-        behind = -size % plan.tile
-        operands["bias"] = jnp.pad(bias.astype(jnp.float32), (0, behind))
+        operands["bias"] = jnp.pad(bias.astype(jnp.float32), (0, -size % plan.tile))
     if scale is not None:
         operands["scale"] = over_rows(scale.astype(jnp.float32))[:, 0]
     if keys is not None and temperature is not None:
         keys = over_rows(keys)
         operands["key0"], operands["key1"] = keys[:, 0], keys[:, 1]
         operands["cool"] = over_rows(1 / temperature.astype(jnp.float32), 1)[:, 0]
-    drawn = "cool" in operands
 
-    scores = []
-    if drawn:
-        shape = (_GROUPS, plan.own // _PIECE, _ROWS, _PIECE)
-        scores = [plgpu.SMEM(shape, jnp.float32)]
-    stages = (_SHARED - 4 * drawn * _GROUPS * _ROWS * plan.own) // (
-        (plan.rows + plan.tile) * _SLAB * hidden.dtype.itemsize
-    )
-    swizzled = (plgpu.TilingTransform((8, _SLAB)), plgpu.SwizzleTransform(128))
-    ring = lambda height: plgpu.SMEM(  # noqa: E731
-        (stages, height, _SLAB), hidden.dtype, transforms=swizzled
-    )
-    shared = plan.tile // plan.own  # warpgroups that each have a part of the tokens
-    parts = plan.programs // (1 if place is not None else blocks) * shared
-    numbers = jax.ShapeDtypeStruct((parts, top + 2 + 5 * drawn, padded), jnp.float32)
-    ids = jax.ShapeDtypeStruct((parts, top + drawn, padded), jnp.int32)
-    found = plgpu.kernel(
+    parts = plan.split * (plan.programs if place is not None else plan.programs // plan.blocks)
+    numbers, ids = plgpu.kernel(
         partial(
             _kernel, plan=plan, size=size, top=top, soft_cap=soft_cap, forbidden=tuple(forbidden)
         ),
-        out_type=[numbers, ids],
-        scratch_types=[
-            ring(plan.rows), ring(plan.tile), plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=_GROUPS, num_barriers=stages), *scores,
+        out_type=[
+            jax.ShapeDtypeStruct((parts, top + 2 + 5 * drawn, padded), jnp.float32),
+            jax.ShapeDtypeStruct((parts, top + drawn, padded), jnp.int32),
         ],
-        grid=(plan.programs,), grid_names=("program",),
+        scratch_types=_scratch(plan, hidden.dtype, drawn),
+        grid=(plan.programs // plan.together,), grid_names=("cluster",),
+        cluster=(plan.together,), cluster_names=("member",),
         num_threads=_GROUPS + 1, thread_name="group",
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
         interpret=interpret, kernel_name="token_stats",
     )(operands, jnp.pad(hidden, ((0, -count % _BOX), (0, 0))), vocabulary)  # fmt: skip
-    merged = _merged(*found, plan.programs // blocks * shared, top=top)
+    if live is not None:
+        numbers = _without(numbers, plan.programs // live * plan.split, top)
+    merged = _merged(numbers, ids, top)
     return jax.tree.map(lambda x: x[:count] if place is None else x[place], merged)
 
 
@@ -155,36 +137,57 @@ def _multiprocessors() -> int:
     return getattr(jax.devices()[0], "core_count", None) or 132
 
 
-def _planned(count: int, size: int, programs: int, plain: bool) -> _Plan:
+def _planned(count: int, size: int, programs: int, *, plain: bool) -> _Plan:
     """A vector is fetched once for 128 rows; of up to 64, the warpgroups share the tokens.
 
     Args:
       plain: whether no sample is asked, and one token: there are registers for a wider tile.
     """
-    few = count <= _ROWS
+    few = count <= ROWS
     own = 256 if plain and not few else 128
-    rows, tile = (_ROWS, _GROUPS * own) if few else (_GROUPS * _ROWS, own)
+    rows, tile = (ROWS, _GROUPS * own) if few else (_GROUPS * ROWS, own)
     blocks = -(-count // rows)
     ranges = max(min(programs // blocks, -(-size // tile)), 1)
-    return _Plan(rows, tile, own, blocks, ranges * blocks)
+    return _Plan(rows, tile, own, blocks, ranges * blocks, 1 if blocks % 2 else 2)
+
+
+def _scratch(plan: _Plan, dtype, drawn: bool) -> list:
+    """Rings of slabs, when a slab is there and when it is read, and the scores of a tile."""
+    scores = (_GROUPS, plan.own // PIECE, ROWS, PIECE) if drawn else (0,)
+    slab = (plan.rows + plan.tile) * _SLAB * jnp.dtype(dtype).itemsize
+    stages = (_SHARED - 4 * math.prod(scores)) // slab
+    swizzled = (plgpu.TilingTransform((_BOX, _SLAB)), plgpu.SwizzleTransform(128))
+    rings = [
+        plgpu.SMEM((stages, height, _SLAB), dtype, transforms=swizzled)
+        for height in (plan.rows, plan.tile)
+    ]
+    full = plgpu.Barrier(num_arrivals=len(rings), num_barriers=stages)
+    if plan.together > 1:
+        free = plgpu.ClusterBarrier(
+            collective_axes=("member",), num_arrivals=_GROUPS, num_barriers=stages
+        )
+    else:
+        free = plgpu.Barrier(num_arrivals=_GROUPS, num_barriers=stages)
+    return [*rings, full, free, *([plgpu.SMEM(scores, jnp.float32)] if drawn else [])]
 
 
 def _kernel(
     operands, hidden_ref, vectors_ref, numbers_ref, ids_ref, hidden_ring, vectors_ring, full, free,
     scores_ref=None, *, plan, size, top, soft_cap, forbidden,
 ):  # fmt: skip
-    group, program = jax.lax.axis_index("group"), jax.lax.axis_index("program")
-    blocks = operands["blocks"][0] if "blocks" in operands else plan.blocks
-    # Neighbours have the same tokens, of which one fetches for all, through the second-level cache.
+    group = jax.lax.axis_index("group")
+    program = jax.lax.axis_index("cluster") * plan.together + jax.lax.axis_index("member")
+    # Neighbours have the same tokens: one fetches them for all, through the second-level cache.
+    blocks = operands["live"][0] if "live" in operands else jnp.int32(plan.blocks)
     block, place = jax.lax.rem(program, blocks), jax.lax.div(program, blocks)
-    ranges = jax.lax.div(jnp.int32(plan.programs), jnp.int32(blocks))
+    ranges = jax.lax.div(jnp.int32(plan.programs), blocks)
     tiles, slabs, stages = -(-size // plan.tile), hidden_ref.shape[1] // _SLAB, hidden_ring.shape[0]
+    # A program that is left over has none.
     begin, end = (jnp.minimum(jax.lax.div(x * tiles, ranges), tiles) for x in (place, place + 1))
 
     @pl.when(group == _GROUPS)
     def _():
         plgpu.set_max_registers(24, action="decrease")
-
         steps = (end - begin) * slabs
 
         @pl.loop(0, steps + stages)  # the last ones wait until all is read
@@ -195,36 +198,36 @@ def _kernel(
             @pl.when(step < steps)
             def _():
                 at = pl.ds(jax.lax.rem(step, slabs) * _SLAB, _SLAB)
-                row, token = block * plan.rows, (begin + jax.lax.div(step, slabs)) * plan.tile
-                for ref, start, height, ring in (
-                    (hidden_ref, row, plan.rows, hidden_ring),
-                    (vectors_ref, token, plan.tile, vectors_ring),
-                ):
-                    plgpu.copy_gmem_to_smem(
-                        ref.at[pl.ds(start, height), at], ring.at[slot], full.at[slot]
-                    )
+                rows = pl.ds(block * plan.rows, plan.rows)
+                tokens = pl.ds((begin + jax.lax.div(step, slabs)) * plan.tile, plan.tile)
+                plgpu.copy_gmem_to_smem(
+                    hidden_ref.at[rows, at], hidden_ring.at[slot], full.at[slot]
+                )
+                plgpu.copy_gmem_to_smem(
+                    vectors_ref.at[tokens, at], vectors_ring.at[slot], full.at[slot],
+                    collective_axes="member" if plan.together > 1 else None,
+                )  # fmt: skip
 
     @pl.when(group < _GROUPS)
     def _():
         plgpu.set_max_registers(240, action="increase")
-        few = plan.tile > plan.own
-        row, token = (0, group * plan.own) if few else (group * _ROWS, 0)
-        at = pl.ds(block * plan.rows + row, _ROWS)
+        row, token = (0, group * plan.own) if plan.split > 1 else (group * ROWS, 0)
+        rows = pl.ds(block * plan.rows + row, ROWS)
         of_rows = {
-            name: plgpu.load(operands[name].at[at], layout=_PER_ROW, optimized=False)
+            name: plgpu.layout_cast(operands[name][rows], gpu_running.PER_ROW)
             for name in ("scale", "key0", "key1", "cool")
             if name in operands
         }
 
-        def add_tile(i, running):
-            def multiplied(scores_ref):
+        def multiplied(i):
+            def all_slabs(sums):
                 def multiply(slab, _):
                     step = i * slabs + slab
                     slot = jax.lax.rem(step, stages)
                     plgpu.barrier_wait(full.at[slot])
                     plgpu.wgmma(
-                        scores_ref,
-                        hidden_ring.at[slot, pl.ds(row, _ROWS)],
+                        sums,
+                        hidden_ring.at[slot, pl.ds(row, ROWS)],
                         vectors_ring.at[slot, pl.ds(token, plan.own)].transpose((1, 0)),
                     )
                     plgpu.wgmma_wait(1)  # for the one before
@@ -232,199 +235,89 @@ def _kernel(
                     pl.when(slab > 0)(lambda: plgpu.barrier_arrive(free.at[before]))
 
                 jax.lax.fori_loop(0, slabs, multiply, None)
-                return scores_ref[...]
+                return sums[...]
 
-            scores = pl.run_scoped(multiplied, plgpu.ACC((_ROWS, plan.own), jnp.float32))
+            scores = pl.run_scoped(all_slabs, plgpu.ACC((ROWS, plan.own), jnp.float32))
             plgpu.barrier_arrive(free.at[jax.lax.rem((i + 1) * slabs - 1, stages)])
-            pieces = []
-            for cut in range(0, plan.own, _PIECE):
-                start = (begin + i) * plan.tile + token + cut
-                own = scores[:, cut : cut + _PIECE]
-                if "bias" in operands:
-                    bias_ref = operands["bias"].at[pl.ds(start, _PIECE)]
-                    bias = plgpu.load(bias_ref, layout=_PER_TOKEN, optimized=False)
-                    own += _wide(bias, own, axis=1)
-                if soft_cap:
-                    own = soft_cap * jnp.tanh(own * (1 / soft_cap))
-                if "scale" in of_rows:
-                    own *= _wide(of_rows["scale"], own)
-                places = start + _iota(own.shape)
-                ids, barred = operands["first"][0] + places, places >= size
-                for one in forbidden:
-                    barred = barred | (ids == one)
-                pieces.append((jnp.where(barred, LOWEST, own), ids))
-            found = _added(running, pieces)
+            return scores
+
+        def finished(scores, start):
+            """Scores and ids of a piece that starts there."""
+            if "bias" in operands:
+                bias = plgpu.layout_cast(
+                    operands["bias"][pl.ds(start, PIECE)], gpu_running.PER_TOKEN
+                )
+                scores += gpu_running.wide(bias, scores, axis=1)
+            if soft_cap:
+                scores = soft_cap * jnp.tanh(scores * (1 / soft_cap))
+            if "scale" in of_rows:
+                scores *= gpu_running.wide(of_rows["scale"], scores)
+            places = start + gpu_running.iota(scores.shape)
+            ids, barred = operands["first"][0] + places, places >= size
+            for one in forbidden:
+                barred = barred | (ids == one)
+            return jnp.where(barred, LOWEST, scores), ids
+
+        def add_tile(i, running):
+            scores, start = multiplied(i), (begin + i) * plan.tile + token
+            pieces = [
+                finished(scores[:, cut : cut + PIECE], start + cut)
+                for cut in range(0, plan.own, PIECE)
+            ]
+            found = gpu_running.added(running, pieces)
             if scores_ref is None:
                 return found
             for j, (own, _) in enumerate(pieces):
                 scores_ref[group, j] = own
-            first = operands["first"][0] + (begin + i) * plan.tile + token
-            return _drawn(running, found, scores_ref.at[group], first, of_rows)
+            sample = gpu_running.drawn(
+                running.sample, running.best[0], found.best[0], scores_ref.at[group],
+                operands["first"][0] + start, of_rows,
+            )  # fmt: skip
+            return found._replace(sample=sample)
 
-        found = jax.lax.fori_loop(0, end - begin, add_tile, _nothing(top, "cool" in operands))
-        part = place * (plan.tile // plan.own) + (group if few else 0)
-        numbers, ids = [*found.best, *found.mass], [*found.ids]
-        if found.hot is not None and found.race is not None:
-            value, winner, score = found.race
-            numbers += [*found.hot, value, score, _warmed(found.best[0], of_rows["cool"])]
+        found = jax.lax.fori_loop(
+            0, end - begin, add_tile, gpu_running.nothing(top, scores_ref is not None)
+        )
+        part = place * plan.split + (group if plan.split > 1 else 0)
+        numbers, ids = [*found.best, found.total, found.spread], [*found.ids]
+        if found.sample is not None:
+            total, spread, value, winner, score = found.sample
+            hottest = gpu_running.warmed(found.best[0], of_rows["cool"])
+            numbers += [total, spread, value, score, hottest]
             ids.append(winner)
         for ref, columns in ((numbers_ref, numbers), (ids_ref, ids)):
             for j, column in enumerate(columns):
-                ref[part, j, at] = column
+                ref[part, j, rows] = column
 
 
-def _nothing(top: int, drawn: bool) -> _Running:
-    """Of no token."""
-    full = lambda x, dtype=jnp.float32: plgpu.layout_cast(jnp.full((_ROWS,), x, dtype), _PER_ROW)  # noqa: E731
-    sums = full(0.0), full(0.0)
-    return _Running(
-        (full(LOWEST),) * top, (full(0, jnp.int32),) * top, sums,
-        *((sums, (full(LOWEST), full(0, jnp.int32), full(LOWEST))) if drawn else ()),
-    )  # fmt: skip
+def _without(numbers, parts, top: int):
+    """Parts behind the first ones were not written: nothing is what they say."""
+    nothing = [LOWEST] * top + [0, 0] + [0, 0, LOWEST, LOWEST, LOWEST]
+    nothing = jnp.array(nothing[: numbers.shape[1]], jnp.float32)[:, None]
+    return jnp.where(jnp.arange(len(numbers))[:, None, None] < parts, numbers, nothing)
 
 
-def _wide(x, like, axis=0):
-    """Numbers of rows (or tokens, axis 1), at each score."""
-    return jax.lax.broadcast_in_dim(x, like.shape, [axis])
-
-
-def _iota(shape):
-    return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
-
-
-def _added(running: _Running, pieces) -> _Running:
-    """The best and the sums with a tile's pieces, scores float32[64, t] and ids int32[64, t]."""
-    best, best_ids, left = running.best, running.ids, pieces
-    for rank in range(len(best)):
-        value = reduce(jnp.maximum, (scores for scores, _ in left)).max(axis=1)
-        winner = reduce(jnp.minimum, (_where(x, value, ids) for x, ids in left)).min(axis=1)
-        best, best_ids = _inserted(best, best_ids, value, winner)
-        if rank + 1 < len(best):
-            left = [(jnp.where(ids == _wide(winner, ids), LOWEST, x), ids) for x, ids in left]
-    total, spread = 0.0, 0.0
-    for scores, _ in pieces:
-        below = scores - _wide(best[0], scores)
-        weights = jnp.exp(below)
-        total, spread = total + weights, spread + weights * below
-    mass = _summed(running.mass, running.best[0], best[0], total, spread)
-    return running._replace(best=best, ids=best_ids, mass=mass)
-
-
-def _drawn(running: _Running, found: _Running, scores_ref, first, of_rows) -> _Running:
-    """The sums over the temperature, and the race for a sample, with a tile's scores in memory.
-
-    A loop over pieces: in one piece, the code of the noise outgrows the instruction cache.
-    """
-    cool = of_rows["cool"]
-    top = _warmed(found.best[0], cool)
-
-    def add(j, so_far):
-        total, spread, *best = so_far
-        scores = plgpu.load(scores_ref.at[j], layout=plgpu.Layout.WGMMA, optimized=False)
-        ids = first + j * _PIECE + _iota(scores.shape)
-        warm = _warmed(scores, _wide(cool, scores))
-        below = warm - _wide(top, warm)
-        weights = jnp.exp(below)
-        keys = (_wide(of_rows[name], ids) for name in ("key0", "key1"))
-        values = warm + _gumbel(random_bits(*keys, ids.astype(jnp.uint32)))
-        later = values > best[0]
-        best = (jnp.where(later, x, y) for x, y in zip((values, ids, scores), best, strict=True))
-        return total + weights, spread + weights * below, *best
-
-    shape = scores_ref.shape[1:]
-    full = lambda x, dtype=jnp.float32: plgpu.layout_cast(  # noqa: E731
-        jnp.full(shape, x, dtype), plgpu.Layout.WGMMA
-    )
-    total, spread, values, ids, scores = jax.lax.fori_loop(
-        0, scores_ref.shape[0], add,
-        (full(0.0), full(0.0), full(LOWEST), full(_BEHIND, jnp.int32), full(LOWEST)),
-    )  # fmt: skip
-    hot = _summed(running.hot, _warmed(running.best[0], cool), top, total, spread)
-    value = values.max(axis=1)
-    winner = _where(values, value, ids).min(axis=1)
-    score = jnp.where(ids == _wide(winner, ids), scores, LOWEST).max(axis=1)
-    later = value > running.race[0]
-    race = tuple(
-        jnp.where(later, x, y) for x, y in zip((value, winner, score), running.race, strict=True)
-    )
-    return found._replace(hot=hot, race=race)
-
-
-def _where(values, largest, ids):
-    """The ids whose value is the largest of its row; elsewhere one behind all."""
-    return jnp.where(values == _wide(largest, values), ids, jnp.int32(_BEHIND))
-
-
-def _inserted(best, ids, value, winner):
-    """The lists in order, with a newcomer behind its equals, without their last."""
-    out = []
-    for number, one in zip(best, ids, strict=True):
-        ahead = value > number
-        out.append((jnp.where(ahead, value, number), jnp.where(ahead, winner, one)))
-        value, winner = jnp.where(ahead, number, value), jnp.where(ahead, one, winner)
-    return tuple(zip(*out, strict=True))
-
-
-def _warmed(scores, cool):
-    """Over the temperature; what is barred stays finite."""
-    return jnp.maximum(scores * cool, LOWEST)
-
-
-def _summed(sums, before, top, total, spread):
-    """The sums, whose largest score was `before`, with those of a tile below `top`, the new one."""
-    shift = before - top
-    keep = jnp.exp(shift)
-    total = keep * sums[0] + total.sum(axis=1)
-    spread = keep * (sums[1] + shift * sums[0]) + spread.sum(axis=1)
-    some = top > LOWEST  # else every token is barred
-    return jnp.where(some, total, 0.0), jnp.where(some, spread, 0.0)
-
-
-def _gumbel(bits):
-    """As `noise.gumbel_of`, with one logarithm less, and without log1p, which does not lower.
-
-    For the share near one, log(1 - share) is that of the rounded difference plus what was rounded
-    off, exact to the last digits of either.
-    """
-    whole = (bits >> jnp.uint32(1)).astype(jnp.int32)
-    low = whole < (1 << 30)
-    near = jnp.where(low, whole, jnp.int32(_BEHIND) - whole).astype(jnp.float32)
-    share = (near + 0.5) * jnp.float32(2.0**-31)
-    rest = 1.0 - share
-    lost = (1.0 - rest) - share
-    return -jnp.log(-(jnp.log(jnp.where(low, share, rest)) + jnp.where(low, 0.0, lost)))
-
-
-def _merged(numbers, ids, parts, *, top: int) -> Partial:
-    """Of the first `parts` of float32[P, n, R], int32[P, n, R]. The lowest id of equals wins."""
-    if not isinstance(parts, int):  # the others were not written
-        nothing = jnp.array([LOWEST] * top + [0, 0] + [0, 0, LOWEST, LOWEST, LOWEST], jnp.float32)
-        there = jnp.arange(len(numbers))[:, None, None] < parts
-        numbers = jnp.where(there, numbers, nothing[: numbers.shape[1], None])
-    scores, tokens = numbers[:, :top], ids[:, :top]
-    scores, tokens = (x.reshape(-1, x.shape[2]) for x in (scores, tokens))
-    best, best_ids = [], []
+def _merged(numbers, ids, top: int) -> Partial:
+    """Of all parts, float32[P, n, R] and int32[P, n, R], in any order: the lowest id of equals."""
+    scores, tokens = (x[:, :top].reshape(-1, x.shape[2]) for x in (numbers, ids))
+    best = []
     for _ in range(top):
-        value, winner, _ = _winner(scores, tokens)
-        best.append(value)
-        best_ids.append(winner)
-        scores = jnp.where(tokens == winner, LOWEST, scores)
-    sums = numbers[:, top:]
-    mass = _together(numbers[:, 0], sums[:, 0], sums[:, 1])
+        best.append(_winner(scores, tokens, scores))
+        scores = jnp.where(tokens == best[-1].id, LOWEST, scores)
+    mass = _together(numbers[:, 0], numbers[:, top], numbers[:, top + 1])
     hot = race = None
-    if sums.shape[1] > 2:
-        _, _, hot_total, hot_spread, value, score, hot_top = jnp.moveaxis(sums, 1, 0)
-        hot = _together(hot_top, hot_total, hot_spread)
-        race = Race(*_winner(value, ids[:, top], score))
-    return Partial(mass, jnp.stack(best, axis=1), jnp.stack(best_ids, axis=1), hot, race)
+    if numbers.shape[1] > top + 2:
+        total, spread, value, score, most = jnp.moveaxis(numbers[:, top + 2 :], 1, 0)
+        hot, race = _together(most, total, spread), _winner(value, ids[:, top], score)
+    values, winners = (jnp.stack(x, axis=1) for x in list(zip(*best, strict=True))[:2])
+    return Partial(mass, values, winners, hot, race)
 
 
-def _winner(values, ids, scores=None):
+def _winner(values, ids, scores) -> Race:
     """The largest value of each row, [P, R], the lowest id that has it, and that one's score."""
     value = values.max(axis=0)
-    winner = jnp.where(values == value, ids, _BEHIND).min(axis=0)
-    own = None if scores is None else jnp.where(ids == winner, scores, LOWEST).max(axis=0)
-    return value, winner, own
+    winner = jnp.where(values == value, ids, BEHIND).min(axis=0)
+    return Race(value, winner, jnp.where(ids == winner, scores, LOWEST).max(axis=0))
 
 
 def _together(top, total, spread) -> Mass:
