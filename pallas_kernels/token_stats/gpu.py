@@ -25,6 +25,7 @@ _SLAB = 64  # numbers of a vector that travel together: 128 bytes, the widest sw
 _BOX = 8  # rows that TMA brings into the order of wgmma: arrays are of whole ones
 _GROUPS = 2  # warpgroups that compute; one more fetches
 _TOP = 4  # the most of the largest scores that are kept
+_BATCH = 128  # tokens whose scores are in shared memory at once, where there is a sample
 _SHARED = 216 << 10  # bytes of slabs on their way, and of scores
 
 
@@ -79,7 +80,7 @@ def stats(
     if reason := takes(hidden, vocabulary, tile, top=top, soft=soft):
         raise ValueError(f"the GPU kernel does not take this: {reason}")
     count, size, drawn = len(hidden), len(vocabulary), keys is not None and temperature is not None
-    plan = _planned(count, size, programs or _multiprocessors(), plain=not drawn and top == 1)
+    plan = _planned(count, size, programs or _multiprocessors(), top)
     padded = plan.blocks * plan.rows
     live = place = None  # blocks that have active rows, and where an active row went
     if active is not None and plan.blocks > 1:
@@ -137,14 +138,10 @@ def _multiprocessors() -> int:
     return getattr(jax.devices()[0], "core_count", None) or 132
 
 
-def _planned(count: int, size: int, programs: int, *, plain: bool) -> _Plan:
-    """A vector is fetched once for 128 rows; of up to 64, the warpgroups share the tokens.
-
-    Args:
-      plain: whether no sample is asked, and one token: there are registers for a wider tile.
-    """
+def _planned(count: int, size: int, programs: int, top: int) -> _Plan:
+    """A vector is fetched once for 128 rows; of up to 64, the warpgroups share the tokens."""
     few = count <= ROWS
-    own = 256 if plain and not few else 128
+    own = 256 if top == 1 and not few else 128  # scores that registers hold, beside the best
     rows, tile = (ROWS, _GROUPS * own) if few else (_GROUPS * ROWS, own)
     blocks = -(-count // rows)
     ranges = max(min(programs // blocks, -(-size // tile)), 1)
@@ -153,7 +150,7 @@ def _planned(count: int, size: int, programs: int, *, plain: bool) -> _Plan:
 
 def _scratch(plan: _Plan, dtype, drawn: bool) -> list:
     """Rings of slabs, when a slab is there and when it is read, and the scores of a tile."""
-    scores = (_GROUPS, plan.own // PIECE, ROWS, PIECE) if drawn else (0,)
+    scores = (_GROUPS, _BATCH // PIECE, ROWS, PIECE) if drawn else (0,)
     slab = (plan.rows + plan.tile) * _SLAB * jnp.dtype(dtype).itemsize
     stages = (_SHARED - 4 * math.prod(scores)) // slab
     swizzled = (plgpu.TilingTransform((_BOX, _SLAB)), plgpu.SwizzleTransform(128))
@@ -213,11 +210,10 @@ def _kernel(
         plgpu.set_max_registers(240, action="increase")
         row, token = (0, group * plan.own) if plan.split > 1 else (group * ROWS, 0)
         rows = pl.ds(block * plan.rows + row, ROWS)
-        of_rows = {
-            name: plgpu.layout_cast(operands[name][rows], gpu_running.PER_ROW)
-            for name in ("scale", "key0", "key1", "cool")
-            if name in operands
-        }
+
+        def of_rows(name):
+            """Read again for each tile: registers are short."""
+            return plgpu.layout_cast(operands[name][rows], gpu_running.PER_ROW)
 
         def multiplied(i):
             def all_slabs(sums):
@@ -241,17 +237,20 @@ def _kernel(
             plgpu.barrier_arrive(free.at[jax.lax.rem((i + 1) * slabs - 1, stages)])
             return scores
 
-        def finished(scores, start):
+        def finished(scores, start, scale):
             """Scores and ids of a piece that starts there."""
             if "bias" in operands:
-                bias = plgpu.layout_cast(
-                    operands["bias"][pl.ds(start, PIECE)], gpu_running.PER_TOKEN
-                )
+                # Fewer than a cache line's, which is an error unless it is said to be meant. The
+                # type checker sees the arguments of JAX 0.10.
+                bias = plgpu.load(  # pyrefly: ignore[missing-argument]
+                    operands["bias"].at[pl.ds(start, PIECE)], layout=gpu_running.PER_TOKEN,
+                    optimized=False,
+                )  # fmt: skip
                 scores += gpu_running.wide(bias, scores, axis=1)
             if soft_cap:
                 scores = soft_cap * jnp.tanh(scores * (1 / soft_cap))
-            if "scale" in of_rows:
-                scores *= gpu_running.wide(of_rows["scale"], scores)
+            if scale is not None:
+                scores *= gpu_running.wide(scale, scores)
             places = start + gpu_running.iota(scores.shape)
             ids, barred = operands["first"][0] + places, places >= size
             for one in forbidden:
@@ -260,19 +259,21 @@ def _kernel(
 
         def add_tile(i, running):
             scores, start = multiplied(i), (begin + i) * plan.tile + token
+            scale = of_rows("scale") if "scale" in operands else None
             pieces = [
-                finished(scores[:, cut : cut + PIECE], start + cut)
+                finished(scores[:, cut : cut + PIECE], start + cut, scale)
                 for cut in range(0, plan.own, PIECE)
             ]
             found = gpu_running.added(running, pieces)
             if scores_ref is None:
                 return found
-            for j, (own, _) in enumerate(pieces):
-                scores_ref[group, j] = own
-            sample = gpu_running.drawn(
-                running.sample, running.best[0], found.best[0], scores_ref.at[group],
-                operands["first"][0] + start, of_rows,
-            )  # fmt: skip
+            sample, before, own = running.sample, running.best[0], scores_ref.at[group]
+            for batch in range(0, len(pieces), own.shape[0]):
+                for j, (scores, _) in enumerate(pieces[batch : batch + own.shape[0]]):
+                    own[j] = scores
+                first = operands["first"][0] + start + batch * PIECE
+                sample = gpu_running.drawn(sample, before, found.best[0], own, first, of_rows)
+                before = found.best[0]
             return found._replace(sample=sample)
 
         found = jax.lax.fori_loop(
@@ -282,7 +283,7 @@ def _kernel(
         numbers, ids = [*found.best, found.total, found.spread], [*found.ids]
         if found.sample is not None:
             total, spread, value, winner, score = found.sample
-            hottest = gpu_running.warmed(found.best[0], of_rows["cool"])
+            hottest = gpu_running.warmed(found.best[0], of_rows("cool"))
             numbers += [total, spread, value, score, hottest]
             ids.append(winner)
         for ref, columns in ((numbers_ref, numbers), (ids_ref, ids)):

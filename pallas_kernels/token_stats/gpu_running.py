@@ -15,7 +15,7 @@ from pallas_kernels.token_stats.noise import random_bits
 from pallas_kernels.token_stats.partial import LOWEST
 
 ROWS = 64  # of a warpgroup: those of one wgmma
-PIECE = 16  # tokens
+PIECE = 8  # tokens
 BEHIND = 0x7FFFFFFF  # an id behind all others
 PER_ROW, PER_TOKEN = (plgpu.Layout.WGMMA.reduce(axis) for axis in (1, 0))
 
@@ -87,7 +87,7 @@ def drawn(sample: Sample, before, top, scores_ref, first, of_rows) -> Sample:
     A loop, in which the noise of a piece is made at a time: that of a tile would be more than ten
     thousand instructions. The largest score was `before` and is now `top`.
     """
-    cool = of_rows["cool"]
+    cool, *keys = (of_rows(name) for name in ("cool", "key0", "key1"))
     before, top = warmed(before, cool), warmed(top, cool)
 
     def add(j, so_far):
@@ -97,7 +97,7 @@ def drawn(sample: Sample, before, top, scores_ref, first, of_rows) -> Sample:
         warm = warmed(scores, wide(cool, scores))
         below = warm - wide(top, warm)
         weights = jnp.exp(below)
-        key0, key1 = (wide(of_rows[name], ids) for name in ("key0", "key1"))
+        key0, key1 = (wide(key, ids) for key in keys)
         values = warm + gumbel(random_bits(key0, key1, ids.astype(jnp.uint32)))
         later = values > best[0]
         best = (jnp.where(later, x, y) for x, y in zip((values, ids, scores), best, strict=True))
