@@ -13,7 +13,7 @@ from pallas_kernels.token_stats import gpu, gpu_running, noise, reference
 from pallas_kernels.token_stats import partial as parts
 
 needs_mosaic = pytest.mark.skipif(
-    jax.__version_info__ < (0, 11), reason="Mosaic GPU as the kernel uses it is in JAX 0.11"
+    jax.__version_info__ < (0, 12), reason="Mosaic GPU as the kernel uses it is in JAX 0.12"
 )
 
 
@@ -138,9 +138,9 @@ def test_what_the_kernel_does_not_take(monkeypatch):
     shape = jax.ShapeDtypeStruct
     hidden = shape((4, 576), jnp.bfloat16)
     vocabulary = shape((49_152, 576), jnp.bfloat16)
-    if jax.__version_info__ < (0, 11):
-        assert "needs 0.11" in gpu.takes(hidden, vocabulary)
-        monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
+    if jax.__version_info__ < (0, 12):
+        assert "needs 0.12" in gpu.takes(hidden, vocabulary)
+        monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
     assert gpu.takes(hidden, vocabulary, top=4) is None
     assert "chooses its tile" in gpu.takes(hidden, vocabulary, 128)
     assert "hidden states are float32" in gpu.takes(shape((4, 576), "float32"), vocabulary)
