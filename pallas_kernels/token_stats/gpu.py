@@ -47,8 +47,8 @@ class _Plan(NamedTuple):
 
 def takes(hidden, vocabulary, tile=None, *, top: int = 1, soft: bool = False) -> str | None:
     """None where the kernel takes such arguments; else why not, in a line."""
-    if jax.__version_info__ < (0, 11):
-        return f"JAX is {jax.__version__}; the kernel needs 0.11"
+    if jax.__version_info__ < (0, 12):
+        return f"JAX is {jax.__version__}; the kernel needs 0.12"
     if tile is not None:
         return "the kernel chooses its tile"
     for name, array in (("hidden states", hidden), ("vectors", vocabulary)):
