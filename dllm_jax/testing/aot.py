@@ -1,6 +1,6 @@
 """Compiling for TPUs and GPUs without one, by the real compilers.
 
-Their packages are libtpu (extra `aot`) and the CUDA plugin of JAX (extra `aot-cuda`, JAX 0.11 and
+Their packages are libtpu (extra `aot`) and the CUDA plugin of JAX (extra `aot-cuda`, JAX 0.12 and
 later; neither a driver nor NVIDIA's libraries). Their errors are those of a chip, and the program
 says what it will move and hold. What it does not say is how long it takes.
 """

@@ -137,9 +137,9 @@ def block_attention(
     )  # fmt: skip
     edges = _padded(jnp.repeat(edges, group, axis=3), 3, spec.stretches * spec.rows, mode="edge")
     numbers = shares.numbers(edges, spec.rows, spec.tile)
-    own = _padded(_own(k, v), 2, _multiple(entries, spec.tile))
+    pairs = _padded(_own(k, v), 2, _multiple(entries, spec.tile))
     out, lse = _call(
-        spec, jnp.asarray(layer, jnp.int32).reshape(1), numbers, edges, _by_head(q, kv_heads), own,
+        spec, jnp.asarray(layer, jnp.int32).reshape(1), numbers, edges, _by_head(q, kv_heads), pairs,
         cache, interpret,
     )  # fmt: skip
     out, lse = _merged(out, lse)

@@ -20,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.token_stats import gpu_running
 from pallas_kernels.token_stats.gpu_running import BEHIND, PIECE, ROWS
 from pallas_kernels.token_stats.partial import LOWEST, Mass, Partial, Race
+from pallas_kernels.token_stats.rows import packing
 
 _SLAB = 64  # numbers of a vector that travel together: 128 bytes, the widest swizzle
 _BOX = 8  # rows that TMA brings into the order of wgmma: arrays are of whole ones
@@ -84,9 +85,9 @@ def stats(
     padded = plan.blocks * plan.rows
     live = place = None  # blocks that have active rows, and where an active row went
     if active is not None and plan.blocks > 1:
-        order, place = jnp.argsort(~active, stable=True), jnp.maximum(jnp.cumsum(active) - 1, 0)
+        order, place, some = packing(active)
         at_once = plan.rows * plan.together
-        live = jnp.maximum(-(-active.sum(dtype=jnp.int32) // at_once), 1) * plan.together
+        live = jnp.maximum(-(-some // at_once), 1) * plan.together
         hidden, scale, keys, temperature = jax.tree.map(
             lambda x: x[order], (hidden, scale, keys, temperature)
         )
