@@ -139,8 +139,8 @@ def block_attention(
     numbers = shares.numbers(edges, spec.rows, spec.tile)
     pairs = _padded(_own(k, v), 2, _multiple(entries, spec.tile))
     out, lse = _call(
-        spec, jnp.asarray(layer, jnp.int32).reshape(1), numbers, edges, _by_head(q, kv_heads), pairs,
-        cache, interpret,
+        spec, jnp.asarray(layer, jnp.int32).reshape(1), numbers, edges, _by_head(q, kv_heads),
+        pairs, cache, interpret,
     )  # fmt: skip
     out, lse = _merged(out, lse)
     return _by_entry(out, entries, group), _by_entry(lse[..., None], entries, group)[..., 0]
