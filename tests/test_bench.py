@@ -271,7 +271,8 @@ HloModule jit_f, is_scheduled=true
   %p1 = bf16[4,256,256]{2,1,0:T(8,128)(2,1)} parameter(1)
   %p2 = s32[]{:T(128)} parameter(2)
   %c = s32[]{:T(128)} constant(0)
-  %s = bf16[1,256,256]{2,1,0:T(8,128)(2,1)} dynamic-slice(%p1, %p2, %c, %c), dynamic_slice_sizes={1,256,256}
+  %v = bf16[4,256,256]{2,1,0:T(16,128)(2,1)} fusion(%p1), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%view.1
+  %s = bf16[1,256,256]{2,1,0:T(8,128)(2,1)} dynamic-slice(%v, %p2, %c, %c), dynamic_slice_sizes={1,256,256}
   %b = bf16[256,256]{1,0:T(8,128)(2,1)} bitcast(%s)
   ROOT %d = bf16[8,256]{1,0:T(8,128)(2,1)S(1)} convolution(%p0, %b), dim_labels=bf_io->bf
 }

@@ -88,7 +88,8 @@ def markdown(report: dict[str, Any]) -> str:
         "Time: median of a call, of many in one program. Share: the least time that the ceilings "
         "allow for the bytes and operations of the closed form, over that time. Others: their time "
         "over ours (above 1: ours is faster), on arrays laid out as they like them; each result "
-        "was compared with ours before it was timed.",
+        "was compared with ours before it was timed. A share above 100%: the device was busier, or "
+        "did worse, when the ceilings were measured.",
     ]
     for kind in dict.fromkeys(row["kind"] for row in report["rows"]):
         lines += ["", f"## {kind[0].upper()}{kind[1:]}", ""]

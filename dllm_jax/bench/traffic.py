@@ -23,9 +23,16 @@ BITS = {
 _STILL = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "copy-done",
     "slice-done", "dynamic-slice-done", "dynamic-update-slice-done", "async-done", "async-update",
-    "partition-id", "replica-id", "opt-barrier", "add-dependency",
+    "partition-id", "replica-id", "opt-barrier", "add-dependency", "call-done", "fusion-done",
+    "custom-call-done",
 }  # fmt: skip
 _SLICES = {"dynamic-slice", "slice", "gather"}
+_VIEWS = {
+    "bitcast",
+    "copy",
+    "convert",
+    "reshape",
+}  # within a fusion: made as far as it is asked for
 
 
 class Array(NamedTuple):
@@ -193,6 +200,8 @@ def _bytes(program: _Program, x: Instruction, operands: list[Instruction]) -> in
     if x.kind in ("slice-start", "dynamic-slice-start"):  # the whole, a slice of it, a flag
         part = x.arrays[-2]
         return part.bytes * (operands[0].arrays[0].in_hbm + part.in_hbm)
+    if x.kind in ("call-start", "async-start", "fusion-start", "custom-call-start"):
+        return sum(_in_hbm(operand.arrays) for operand in operands) + _in_hbm(x.arrays[-1:])
     if x.kind in _SLICES:
         return sum(a.bytes for a in x.arrays) * (operands[0].arrays[0].in_hbm + x.arrays[0].in_hbm)
     if x.kind == "dynamic-update-slice":
@@ -236,7 +245,7 @@ def _read(program: _Program, body: list[Instruction], number: int) -> int:
     for x in body:  # users stand behind what they use
         if not names & set(x.operands):
             continue
-        if x.kind == "bitcast":
+        if x.kind in _VIEWS or "output_to_operand_aliasing" in x.text:
             names.add(x.name)
         elif x.kind in _SLICES and x.operands[0] in names:
             parts += sum(a.bytes for a in x.arrays)
@@ -247,7 +256,7 @@ def _read(program: _Program, body: list[Instruction], number: int) -> int:
             parts += sum(_read(program, inner, i) for i, n in enumerate(x.operands) if n in names)
         else:
             return whole
-    return min(parts, whole)
+    return whole if body[-1].name in names else min(parts, whole)
 
 
 def _written(x: Instruction, body: list[Instruction]) -> int:
