@@ -26,6 +26,7 @@ from dllm_jax.ops.sampling import draw_with, is_filtered, keys_at, probabilities
 from dllm_jax.recipes import Verified
 from dllm_jax.typing import Key, Params
 from pallas_kernels import BlockMask
+from pallas_kernels.token_stats.rows import over_active
 
 _TOKEN = 1  # stream of noise
 _AT_ONCE = 8  # positions whose scores exist at a time, where they must
@@ -139,14 +140,15 @@ def _said(model, params, recipe: Verified, keys, at, hidden, rows) -> tuple[jax.
     cold = jnp.asarray(sampling.temperature) <= 0
     free = jnp.where(cold, found.ids[..., 0], found.drawn.ids)
 
-    def one(position) -> jax.Array:
+    def some(position) -> jax.Array:
         hidden, noise = position
         logits = without_mask(logits_of(model, params, hidden), model.config.mask_id)
         return draw_with(noise, probabilities(logits, sampling))
 
     def filtered() -> jax.Array:
         flat = hidden.reshape(-1, hidden.shape[-1]), noise.reshape(-1, 2)
-        return jax.lax.map(one, flat, batch_size=_AT_ONCE).reshape(at.shape)
+        sizes = (min(_AT_ONCE, active.size),)
+        return over_active(some, flat, active.reshape(-1), sizes).reshape(at.shape)
 
     tokens = jax.lax.cond(is_filtered(sampling), filtered, lambda: free)
     return tokens, scores_of(model, params, hidden, tokens) - found.log_z
