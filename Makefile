@@ -13,7 +13,7 @@ override PROMPT := $(value PROMPT)
 export PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow aot aot-cuda lint format clean
+.PHONY: help setup demo test slow aot aot-slow aot-cuda lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | \
@@ -49,6 +49,9 @@ $(AOT)/.stamp: pyproject.toml constraints.txt
 	@touch $@
 
 aot: $(AOT)/.stamp  ## compile the kernels for TPUs, by the real compiler, without one
+	@JAX_PLATFORMS=cpu $(AOT)/bin/python -m pytest -q -m "aot and not slow"
+
+aot-slow: $(AOT)/.stamp  ## the same, every shape for every TPU
 	@JAX_PLATFORMS=cpu $(AOT)/bin/python -m pytest -q -m aot
 
 # The kernels for GPUs need a JAX that Python 3.11 does not get.

@@ -38,25 +38,35 @@ SHAPES = {
     "SDAR-8B, prefill": Shape(32, 8, 128, BlockMask.block_causal(LENGTH, 4), LENGTH),
     "no shape is round": Shape(6, 2, 128, BlockMask.dual_stream(1000, 8), 2000),
 }
-# A program takes seconds to compile: some models' on all chips, and each one's on some.
+# A program takes seconds to compile: quick tests have each kernel on each chip, and slow ones more.
 FORWARD = [
-    *((name, chip) for name in ("LLaDA-8B", "DiffusionGemma, full", "SmolLM2") for chip in CHIPS),
-    ("LLaDA-8B, float32", "v5e"),
-    ("Fast-dLLM v2 7B", "v5p"),
-    ("LLaDA2-mini", "tpu7x"),
-    ("DiffusionGemma, sliding", "v5e"),
+    *(("SmolLM2", chip) for chip in CHIPS),
+    *(
+        pytest.param(name, chip, marks=pytest.mark.slow)
+        for name in ("LLaDA-8B", "DiffusionGemma, full")
+        for chip in CHIPS
+    ),
+    pytest.param(*("LLaDA-8B, float32", "v5e"), marks=pytest.mark.slow),
+    pytest.param(*("Fast-dLLM v2 7B", "v5p"), marks=pytest.mark.slow),
+    pytest.param(*("LLaDA2-mini", "tpu7x"), marks=pytest.mark.slow),
+    pytest.param(*("DiffusionGemma, sliding", "v5e"), marks=pytest.mark.slow),
     ("LLaDA-8B, prefill", "v6e"),
     ("SDAR-8B, prefill", "v5p"),
     ("no shape is round", "v5e"),
 ]
 BACKWARD = [
-    *(("LLaDA2-mini", chip) for chip in CHIPS),
-    ("LLaDA-8B", "v5e"),
-    ("LLaDA-8B, float32", "v5p"),
-    ("Fast-dLLM v2 7B", "v6e"),
-    ("DiffusionGemma, sliding", "v5e"),
-    ("DiffusionGemma, full", "tpu7x"),
-    ("SmolLM2", "v6e"),
+    *(("SmolLM2", chip) for chip in CHIPS),
+    *(
+        pytest.param(*pair, marks=pytest.mark.slow)
+        for pair in (
+            *(("LLaDA2-mini", chip) for chip in CHIPS),
+            ("LLaDA-8B", "v5e"),
+            ("LLaDA-8B, float32", "v5p"),
+            ("Fast-dLLM v2 7B", "v6e"),
+            ("DiffusionGemma, sliding", "v5e"),
+            ("DiffusionGemma, full", "tpu7x"),
+        )
+    ),
     ("no shape is round", "v5e"),
 ]
 

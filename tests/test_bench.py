@@ -327,7 +327,10 @@ def test_the_traffic_of_a_program_that_is_known():
 
 
 @pytest.mark.aot("tpu")
-@pytest.mark.parametrize(("model", "layers"), [("Fast-dLLM v2 7B", 28), ("LLaDA2-mini", 8)])
+@pytest.mark.parametrize(
+    ("model", "layers"),
+    [("Fast-dLLM v2 7B", 28), pytest.param("LLaDA2-mini", 8, marks=pytest.mark.slow)],
+)
 def test_a_decode_step_moves_little_more_than_it_must(model, layers):
     path = Path(__file__).resolve().parents[1] / "scripts" / "bench" / "decode_bytes.py"
     spec = importlib.util.spec_from_file_location("decode_bytes", path)

@@ -136,9 +136,16 @@ def test_lowers_for_a_tpu(name):
     assert "tpu_custom_call" in lowered.as_text()
 
 
+# A program takes seconds to compile: quick tests have each shape on one chip, slow ones on all.
+PAIRS = [
+    pytest.param(name, chip, marks=[pytest.mark.slow] if (i + j) % len(CHIPS) else [])
+    for i, name in enumerate(SHAPES)
+    for j, chip in enumerate(CHIPS)
+]
+
+
 @pytest.mark.aot("tpu")
-@pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(("name", "chip"), PAIRS)
 def test_compiles_for_a_chip(name, chip):
     rows, vocab, dim = SHAPES[name]
     compiled = compile_for(chip, partial(_asked, name), *_arguments(rows, vocab, dim))
@@ -220,9 +227,9 @@ def test_training_lowers_for_a_tpu(name):
     ("chip", "name"),
     [
         ("v5e", "llada2-mini"),
-        ("v5p", "fast-dllm-v2-7b"),
-        ("v6e", "llada2-mini"),
-        ("tpu7x", "llada-8b"),
+        pytest.param("v5p", "fast-dllm-v2-7b", marks=pytest.mark.slow),
+        pytest.param("v6e", "llada2-mini", marks=pytest.mark.slow),
+        pytest.param("tpu7x", "llada-8b", marks=pytest.mark.slow),
     ],
 )
 def test_training_compiles_for_a_chip(chip, name):

@@ -65,7 +65,8 @@ def cross_entropy(
       targets: ids, none of them forbidden.
       tile: tokens of a piece; by default from the number of rows. Changes rounding only.
       axis_name: inside `shard_map`, the mesh axis over which the vocabulary (and bias) is split;
-        targets are ids of the whole.
+        targets are ids of the whole. Gradients are right where they are taken of the `shard_map`,
+        with `check_vma=False`, not inside of it.
       implementation: "tpu" (kernels, which keep the scores of a tile in VMEM), "gpu" (a kernel for
         log Z; the gradient is XLA's), "xla", or None: those of the device, where there are any that
         take the arguments, and XLA elsewhere.
