@@ -62,8 +62,8 @@ def computed(mask: BlockMask, length: int, tile: int) -> int:
 def computed_by_kernel(mask: BlockMask, length: int, tile: int, part: int = 128) -> int:
     """The same of the TPU kernel, which leaves out squares of `part` above a diagonal."""
     flags = np.asarray(flash_steps.steps(mask, 2 * length, tile, tile, part).flags)
-    whole = np.count_nonzero(flags & (flash_steps.WHOLE | flash_steps.CUT))
-    stepped = np.count_nonzero(flags & flash_steps.STEPPED)
+    whole = int((flags & (flash_steps.WHOLE | flash_steps.CUT) > 0).sum())
+    stepped = int((flags & flash_steps.STEPPED > 0).sum())
     stairs = sum(part * (tile - i) for i in range(0, tile, part))
     return whole * tile**2 + stepped * stairs + length * mask.block
 
