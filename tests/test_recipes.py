@@ -16,7 +16,7 @@ from dllm_jax.decode.prompt import checked, edge, pad
 from dllm_jax.decode.state import result
 from dllm_jax.nn.head import logits_of
 from dllm_jax.nn.transformer import forward
-from dllm_jax.ops.sampling import Sampling, draw, probabilities
+from dllm_jax.ops.sampling import Sampling, draw_with, keys_at, probabilities
 from dllm_jax.testing import tiny
 from dllm_jax.testing.replay import replay
 from pallas_kernels import BlockMask
@@ -167,7 +167,8 @@ def test_the_confidence_of_a_drawn_token(confidence, threshold, model_of):
         ).hidden[:, 8:]
         logits = logits_of(model, params, hidden)
         drawn_from = probabilities(logits.at[..., mask].set(-jnp.inf), sampling)
-        drawn = np.asarray(draw(keys, at, 1, drawn_from, jnp.array([step + 1])))[0]
+        noise = keys_at(keys, at, 1, jnp.array([step + 1]))
+        drawn = np.asarray(draw_with(noise, drawn_from))[0]
         probs = drawn_from if confidence == "sampled" else jax.nn.softmax(logits)
         sure = np.asarray(probs)[0, np.arange(8), drawn]
         masked = [i for i in range(8) if tokens[8 + i] == mask]
