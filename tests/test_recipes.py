@@ -89,7 +89,16 @@ def _draws(recipe):
     return recipe.sampling.temperature > 0
 
 
-@pytest.mark.parametrize("name", RECIPES)
+# Each takes seconds; these differ from a quick one by a part that has tests of its own.
+SIBLINGS = {
+    "llada-whole", "fast_dllm_prefix", "dream-prefix", "remdm-confidence", "bd3lm-ancestral",
+    "sdar-static", "sdar-sequential", "sdar-entropy", "d2f-dream", "llada-moe",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[pytest.mark.slow] * (x in SIBLINGS)) for x in RECIPES]
+)
 def test_a_row_of_a_ragged_batch_decodes_as_alone(name, model_of):
     folder, recipe = RECIPES[name]
     model, params = model_of(folder)

@@ -18,7 +18,7 @@ from pallas_kernels.token_stats.rows import over_active
 STATIC = ("soft_cap", "forbidden", "top", "soft", "tile")  # options that are part of the program
 
 _ROWS = 128  # of a piece on CPUs: enough for products at full speed
-_FEW = 16  # so many take about as long as one: reading the vocabulary does
+_FEW = 32  # of so many rows, or of a small vocabulary, none is left out: finding them costs more
 _TILE = 4096  # tokens whose scores of these rows stay in a CPU's cache
 _SCORES = 1 << 23  # elements of a piece elsewhere, 32 MiB
 
@@ -53,7 +53,7 @@ def _over_rows(hidden, vocabulary, active, *, keys=None, scale=None, temperature
     """A few rows at a time against all of the vocabulary."""
     count = len(hidden)
     per_row = {"hidden": hidden, "keys": keys, "scale": scale, "temperature": temperature}
-    if active is not None and count > _FEW:
+    if active is not None and count > _FEW and len(vocabulary) >= 2 * _TILE:
         most = min(count, _ROWS)
         return over_active(
             lambda rows: _of_few(vocabulary=vocabulary, **rows, **options), per_row, active,
