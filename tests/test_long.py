@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import BlockMask, block_attention_lse
-from pallas_kernels.block_attention import api, flash_tpu, long, reference, tpu
+from pallas_kernels.block_attention import api, flash_tpu, flash_xla, long, reference, tpu
+from pallas_kernels.block_attention.products import Scores
+from pallas_kernels.block_attention.tiles import tiles
 
 TILE = 4
 MASKS = {
@@ -120,6 +122,20 @@ def test_what_nobody_sees_may_be_anything():
     np.testing.assert_allclose(value, clean, rtol=1e-6)
     np.testing.assert_allclose(found[0], grads[0], atol=1e-6)
     np.testing.assert_allclose(found[1][1, 0, :, :7], grads[1][1, 0, :, :7], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["causal", "block_causal", "dual_stream"])
+def test_the_tiles_that_are_read_are_those_of_the_mask(name):
+    mask, entries = MASKS[name]
+    q, kv = jnp.zeros((1, 1, 1, entries, 8)), jnp.zeros((1, 1, mask.clean, 16))
+    seen = long._seen_clean(mask, 0, q, {"lengths": None, "segments": None})
+    static = flash_xla.Static(Scores(1.0, 0.0), TILE)
+    plan = flash_xla._Plan(static, q, kv, None, seen)
+    query, key, _ = tiles(mask, entries, plan.rows, plan.width)
+    read = np.zeros(plan.kinds.shape, bool)
+    read[query, key] = True
+    np.testing.assert_array_equal(plan.kinds > 0, read)
+    assert not read.all()
 
 
 def test_long_passes_form_no_matrix_of_scores():

@@ -19,13 +19,11 @@ TILE = 512  # queries, and keys
 
 
 class Seen(NamedTuple):
-    """The keys that each query sees: [start, end), less a hole, of its own segment."""
+    """The keys that each query sees: [start, end), less a hole, of pieces that are chosen."""
 
     start: jax.Array  # int32[B or 1, Q]
     end: jax.Array  # int32[B or 1, Q]
     hole: jax.Array | None = None  # int32[B, 2]: keys [first, second) are seen by nobody
-    queries: jax.Array | None = None  # int32[B, Q]: their segments
-    keys: jax.Array | None = None  # int32[B, S]: theirs
     chosen: jax.Array | None = None  # bool[B, M]: which of M equal pieces of the keys are seen
 
 
@@ -151,7 +149,6 @@ class _Plan:
         end = lambda x, value: jnp.pad(x, ((0, 0), (0, pad)), constant_values=value)  # noqa: E731
         fold = lambda x: x.reshape(len(x), self.count, self.rows)  # noqa: E731
         self.start, self.end = fold(end(seen.start, self.slots)), fold(end(seen.end, 0))
-        self.segments = None if seen.queries is None else fold(end(seen.queries, 0))
         self.chosen = None  # bool[B, S]
         if seen.chosen is not None:
             pieces = seen.chosen.shape[1]
@@ -190,15 +187,6 @@ class _Plan:
             first, second = (x[:, None, None] for x in self.seen.hole.T)
             some &= ~((first <= low) & (high <= second))
             every &= (first >= second) | (second <= low) | (high <= first)
-        if self.segments is not None and self.seen.keys is not None:
-            # Documents lie in one piece: a tile holds those between its least and largest.
-            pad = len(low) * self.width - self.slots
-            keys = jnp.pad(self.seen.keys, ((0, 0), (0, pad)), mode="edge")
-            keys = keys.reshape(len(keys), 1, len(low), self.width)
-            least, most = keys.min(axis=3), keys.max(axis=3)
-            own_least, own_most = of(self.segments, jnp.min), of(self.segments, jnp.max)
-            some &= (own_least <= most) & (least <= own_most)
-            every &= (own_least == most) & (least == own_most) & (least == most)
         if self.chosen is not None:
             pad = len(low) * self.width - self.slots
             chosen = jnp.pad(self.chosen, ((0, 0), (0, pad)), mode="edge")
@@ -234,9 +222,6 @@ class _Plan:
         if self.seen.hole is not None:
             first, second = (x[:, None, None] for x in self.seen.hole.T)
             visible &= (slots < first) | (slots >= second)
-        if self.segments is not None and self.seen.keys is not None:
-            own = lax.dynamic_slice_in_dim(self.seen.keys, start, self.width, axis=1)
-            visible &= self.segments[:, i, :, None] == own[:, None]
         if self.chosen is not None:
             own = lax.dynamic_slice_in_dim(self.chosen, start, self.width, axis=1)
             visible &= own[:, None]

@@ -10,7 +10,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.block_attention import flash_tpu, flash_xla, reference, tpu, worklist
+from pallas_kernels.block_attention import (
+    flash_steps,
+    flash_tpu,
+    flash_xla,
+    reference,
+    tpu,
+    worklist,
+)
 from pallas_kernels.block_attention.products import Scores, merged
 from pallas_kernels.masks import BlockMask
 
@@ -99,15 +106,7 @@ _clean_tpu.defvjp(_clean_forward, _clean_backward)
 
 
 def _seen_clean(mask: BlockMask, window: int, q, options) -> flash_xla.Seen:
-    lengths, segments = options["lengths"], options["segments"]
-    index = jnp.arange(q.shape[3])
-    valid = jnp.full((1,), mask.clean) if lengths is None else lengths
-    end = jnp.minimum(mask.clean_end(index), valid[:, None])
-    start = jnp.zeros_like(end)
-    if window:
-        start = jnp.maximum(worklist.place(mask, index, valid[:, None]) - window + 1, 0)
-    keys = None if segments is None else segments[:, : mask.clean]
-    return flash_xla.Seen(start, end, queries=segments, keys=keys)
+    return flash_xla.Seen(*flash_steps.spans(mask, q.shape[3], window=window, **options))
 
 
 def _cached(static, mask: BlockMask, window: int, q, cache, options):
