@@ -59,9 +59,24 @@ def append(cache: KVCache, kv: Any, counts: Int[Array, "B"]) -> KVCache:
     return KVCache(packed, cache.lengths + counts.astype(jnp.int32))
 
 
+def replaced(cache: KVCache, kv: Any) -> KVCache:
+    """All slots anew, from a pass over as many entries; the lengths stay."""
+    return KVCache(jax.tree.map(_laid, kv, cache.kv), cache.lengths)
+
+
 def cut(kv: Any, start: int, stop: int) -> Any:
     """Entries [start, stop) of what a forward pass returned."""
     return jax.tree.map(lambda x: x[:, :, :, start:stop], kv)
+
+
+def _laid(kv, packed):
+    """Keys and values of a pass as they lie in a cache: its dtype, its padding."""
+    kv = kv.astype(packed.dtype)
+    padding = (packed.shape[4] - kv.shape[4]) // 2
+    if not padding:
+        return kv
+    halves = kv.reshape(*kv.shape[:4], 2, -1)
+    return jnp.pad(halves, ((0, 0),) * 5 + ((0, padding),)).reshape(*kv.shape[:4], -1)
 
 
 def _write(
@@ -69,10 +84,7 @@ def _write(
 ) -> Float[Array, "Ly B K S P"]:
     if kv.shape[3] > packed.shape[3]:
         raise ValueError(f"{kv.shape[3]} entries do not fit a cache of {packed.shape[3]} slots")
-    kv = kv.astype(packed.dtype)
-    if padding := (packed.shape[4] - kv.shape[4]) // 2:
-        halves = kv.reshape(*kv.shape[:4], 2, -1)
-        kv = jnp.pad(halves, ((0, 0),) * 5 + ((0, padding),)).reshape(*kv.shape[:4], -1)
+    kv = _laid(kv, packed)
 
     def write(row, packed):
         own = jax.lax.dynamic_slice_in_dim(kv, row, 1, axis=1)

@@ -1,13 +1,17 @@
 """The cache: appends, rows at their own pace, taking back."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dllm_jax import recipes
 from dllm_jax.cache import allocate, append
+from dllm_jax.decode.generate import generate
+from dllm_jax.testing import tiny
 from pallas_kernels import BlockMask, block_attention
 
 
@@ -50,3 +54,12 @@ def test_heads_that_do_not_fill_registers_are_padded_and_read_as_they_are(size):
         q, k, k, BlockMask.causal(3), cache=kv, layer=jnp.int32(1), cache_end=cache.lengths
     ))  # fmt: skip
     np.testing.assert_allclose(attend(cache.kv), attend(new), atol=1e-6)
+
+
+def test_a_canvas_is_cached_whole_in_padded_slots():
+    """As many tokens, the same ones, from a model whose heads are padded as without a cache."""
+    model, params = tiny(head_dim=80, attention="bidirectional", alignment="same_position")
+    ask = partial(generate, model, params, [[3, 4, 5], [6, 7]], max_new_tokens=8)
+    padded = ask(recipe=recipes.fast_dllm_dual(block_size=4, steps_per_block=1))
+    plain = ask(recipe=recipes.fast_dllm(cache="none", block_size=4, steps_per_block=1))
+    np.testing.assert_array_equal(padded.tokens, plain.tokens)

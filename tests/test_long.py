@@ -171,6 +171,19 @@ def test_documents_of_a_packed_row_are_as_alone():
         start += size
 
 
+@pytest.mark.parametrize("lengths", [None, [6]])
+def test_a_noisy_entry_sees_its_own_document_wherever_it_lies(lengths):
+    """Also where the last clean key before its group is another document's, or padding."""
+    mask = BlockMask.dual_stream(8, 4, stride=0, offset=8)
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(key, (1, 12, 1, 8)) for key in keys)
+    ids = jnp.array([[7, 7, 7, 7, 1, 1, 3, 3, 7, 1, 3, 9]])
+    more = {"segments": ids, "lengths": None if lengths is None else jnp.array(lengths)}
+    got = jax.jit(partial(long.block_attention, mask=mask, tile=TILE))(q, k, v, **more)
+    want = jax.jit(partial(reference.block_attention, mask=mask))(q, k, v, **more)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), got, want)
+
+
 def test_segments_and_a_cache_exclude_each_other():
     x = jnp.zeros((1, 4, 2, 4))
     with pytest.raises(ValueError, match="packed rows, which have no cache"):

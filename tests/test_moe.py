@@ -51,7 +51,8 @@ def every_expert(x, chosen, weights, gate, up, down):
 FORMS = {
     "one": partial(moe._tiled, 1),
     "three": partial(moe._tiled, 3),
-    "ragged": moe._ragged,
+    "ragged": partial(moe._ragged, True),
+    "ragged, split": partial(moe._ragged, False),
 }
 
 
@@ -152,7 +153,7 @@ def test_the_experts_of_a_layer_are_read_in_their_stack(form, dtype):
     def run(x, chosen, weights, *own, stack=stack):
         if form == "experts":
             return experts(x, chosen, weights, *own, stack=stack)
-        return moe._ragged(jax.nn.silu, x, chosen, weights, own, stack)
+        return moe._ragged(True, jax.nn.silu, x, chosen, weights, own, stack)
 
     alone = partial(run, stack=Stack(jnp.int32(0), *(m[None] for m in own)))
     zeros = [jnp.zeros_like(m) for m in own]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dllm_jax.cache import KVCache, append, cut
+from dllm_jax.cache import append, cut, replaced
 from dllm_jax.decode.state import DecodeState, gather, window
 from dllm_jax.nn.transformer import forward
 from dllm_jax.policies import Pipeline, Sliding
@@ -74,7 +74,7 @@ def whole_canvas(model, params, recipe: Denoise, state: DecodeState, rows) -> Pa
         mask=BlockMask.bidirectional(length), lengths=state.end,
     )  # fmt: skip
     if recipe.cache != "none":  # all running rows are served: nobody needs the old one
-        state = dataclasses.replace(state, cache=KVCache(out.kv, state.cache.lengths))
+        state = dataclasses.replace(state, cache=replaced(state.cache, out.kv))
     state = _count(state, rows, state.end)
     start = twice(recipe, state.start) - shifted(model)
     return Pass(gather(out.hidden, start, recipe.width.size), state.start, state)

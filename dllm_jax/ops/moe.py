@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dllm_jax.ops.grouped import multiply, ragged, tiles
+from pallas_kernels.platform import kernels_of
 
 _TILES_ON_GPU = 16  # of one step: a step of one is launches and little else
 
@@ -153,7 +154,8 @@ def _on_platform(run, *args):
         *args,
         cpu=partial(run, partial(_tiled, 1)),
         cuda=partial(run, partial(_tiled, _TILES_ON_GPU)),
-        default=partial(run, _ragged),
+        # Over several devices the stack would be gathered as a whole, not layer by layer.
+        default=partial(run, partial(_ragged, kernels_of() == "tpu")),
     )
 
 
@@ -169,13 +171,15 @@ def _tiled(at_once, activation, x, chosen, weights, own, stack):
     return _summed(out.reshape(-1, out.shape[-1])[lie.slot], weights).astype(x.dtype)
 
 
-def _ragged(activation, x, chosen, weights, own, stack):
+def _ragged(stacked, activation, x, chosen, weights, own, stack):
     flat = chosen.reshape(-1)
     order = jnp.argsort(flat)  # stable: pairs of one expert stay in the order of their tokens
     sizes = jnp.bincount(flat, length=len(own[0])).astype(jnp.int32)
     rows = x[order // chosen.shape[1]]
 
     def product(rows, own, matrices):
+        if not stacked:
+            return jax.lax.ragged_dot(rows, own.astype(rows.dtype), sizes)
         return ragged(rows, own, matrices, stack.layer, sizes)
 
     gate, up, down = zip(own, stack[1:], strict=True)

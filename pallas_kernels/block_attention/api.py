@@ -37,6 +37,8 @@ def block_attention(
 ) -> Float[Array, "B Q N H"]:
     """Attention of Q entries over a cached prefix and over themselves under `mask`, grouped heads.
 
+    Inside of a `shard_map` it needs `check_vma=False`.
+
     Args:
       q, k, v: the entries' own queries, keys and values; `N` a multiple of `K`. Keys carry their
         rotary positions already.
@@ -105,8 +107,10 @@ def block_attention_lse(
         raise ValueError("`cache` and `cache_end` come together")
     if cache is not None:
         _check_cache(q.shape[3], cache, cache_scale, chosen)
-    elif not own or cache_scale is not None or chosen is not None:
-        raise ValueError("own=False, `cache_scale` and `chosen` are of a cache, and there is none")
+    elif not own or any(x is not None for x in (cache_scale, chosen, hole)):
+        raise ValueError(
+            "own=False, `cache_scale`, `chosen` and `hole` are of a cache, and there is none"
+        )
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} kv heads")
     if window < 0 or (scale is not None and scale <= 0):
@@ -132,7 +136,7 @@ def _check_cache(size: int, cache, scale, chosen) -> None:
         raise ValueError(f"a `cache_scale` is what an int8 cache has; this one is {cache.dtype}")
     if scale is not None and scale.shape != (*cache.shape[:-2], 2):
         raise ValueError(f"`cache_scale` is {scale.shape}, and must be {(*cache.shape[:-2], 2)}")
-    if chosen is not None and slots % chosen.shape[1]:
+    if chosen is not None and (not chosen.shape[1] or slots % chosen.shape[1]):
         raise ValueError(f"{slots} slots are not {chosen.shape[1]} equal pieces to choose from")
 
 

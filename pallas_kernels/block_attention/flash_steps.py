@@ -76,8 +76,7 @@ def spans(mask: BlockMask, entries: int, *, lengths=None, segments=None,
           window: int = 0) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """The clean keys [first, end) that each query sees, int32 [R, Q]; none where first >= end.
 
-    Documents make a range too: the entries of one are side by side, and a noisy entry stands in its
-    document behind the clean entries that it sees.
+    Documents make a range too: the clean entries of one are side by side.
     """
     index = np.arange(entries)
     clean = index < mask.clean
@@ -97,14 +96,19 @@ def spans(mask: BlockMask, entries: int, *, lengths=None, segments=None,
         low = jnp.pad(low, ((0, 0), (1, 0)))
         high = jnp.pad(high, ((0, 0), (0, 1)), constant_values=mask.clean)
         if entries > mask.clean:
-            # Of a noisy group, the document of the last key before it, for who belongs to that.
-            last = np.maximum(behind[mask.clean :: mask.block] - 1, 0)
-            own, start = (jnp.repeat(x[:, last], mask.block, axis=1) for x in (own, low))
-            noisy = jnp.where(own == segments[:, mask.clean :], start, mask.clean)
-            low = jnp.concatenate([low, noisy], axis=1)
-            high = jnp.pad(high, ((0, 0), (0, entries - mask.clean)), constant_values=mask.clean)
+            noisy = jax.vmap(_document)(own, segments[:, mask.clean :])
+            low, high = (jnp.concatenate(x, axis=1) for x in zip((low, high), noisy, strict=True))
         first, end = jnp.maximum(first, low), jnp.minimum(end, high)
     return first.astype(jnp.int32), end.astype(jnp.int32)
+
+
+def _document(clean, noisy) -> tuple[jax.Array, jax.Array]:
+    """The clean entries [first, end) of each noisy entry's document, by its number."""
+    order = jnp.argsort(clean, stable=True)
+    ranked = clean[order]
+    low, high = (jnp.searchsorted(ranked, noisy, side=side) for side in ("left", "right"))
+    first = order[jnp.minimum(low, len(clean) - 1)]
+    return first, first + high - low
 
 
 def _stepped(mask: BlockMask, entries: int, tile_q: int, tile_k: int, part: int) -> np.ndarray:

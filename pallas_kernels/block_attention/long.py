@@ -42,9 +42,9 @@ def block_attention(q, k, v, mask: BlockMask, *, cache=None, layer=None, cache_e
         parts.append(over(grouped, k[:, :clean], v[:, :clean], options))
     if cache is not None:
         options = {"cache_end": cache_end, "hole": hole, "lengths": lengths, "chosen": chosen}
-        options |= {"layer": layer, "cache_scale": cache_scale}
+        options["layer"] = layer
         over = partial(_cached_tpu if kernels else _cached, static, mask, window)
-        parts.append(over(grouped, cache, options))
+        parts.append(over(grouped, cache, cache_scale, options))
     if entries > clean and own:
         k, v = (jnp.moveaxis(x[:, clean:], 1, 2) for x in (k, v))
         out, lse = reference.attend_groups(
@@ -109,10 +109,10 @@ def _seen_clean(mask: BlockMask, window: int, q, options) -> flash_xla.Seen:
     return flash_xla.Seen(*flash_steps.spans(mask, q.shape[3], window=window, **options))
 
 
-def _cached(static, mask: BlockMask, window: int, q, cache, options):
+def _cached(static, mask: BlockMask, window: int, q, cache, scale, options):
     """Part two, in XLA. The scales of an int8 cache are those of queries and of results."""
     seen = _seen_cached(mask, window, q, options)
-    layer, scale = options["layer"], options["cache_scale"]
+    layer = options["layer"]
     if scale is None:
         return flash_xla.attend(static, q, cache, layer, seen)
     if layer is not None:
@@ -123,31 +123,33 @@ def _cached(static, mask: BlockMask, window: int, q, cache, options):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _cached_tpu(static, mask: BlockMask, window: int, q, cache, options):
+def _cached_tpu(static, mask: BlockMask, window: int, q, cache, scale, options):
     found = dict(options)
     if found["layer"] is None:
-        cache, found["layer"] = cache[None], jnp.int32(0)
-        found["cache_scale"] = jax.tree.map(lambda x: x[None], found["cache_scale"])
+        found["layer"] = jnp.int32(0)
+        cache, scale = jax.tree.map(lambda x: x[None], (cache, scale))
     queries = _entries(q)
     none = queries[:, :, : q.shape[1]]  # keys and values of the entries, which are not read
     out, lse = tpu.block_attention(
-        queries, none, none, mask, cache=cache, own=False, window=window,
+        queries, none, none, mask, cache=cache, cache_scale=scale, own=False, window=window,
         **static.scores._asdict(), **found,
     )  # fmt: skip
     return _grouped(out, q.shape[1]).astype(jnp.float32), _by_head(lse, q.shape[1])
 
 
-def _cached_forward(static, mask: BlockMask, window: int, q, cache, options):
-    return _cached_tpu(static, mask, window, q, cache, options), (q, cache, options)
+def _cached_forward(static, mask: BlockMask, window: int, *arrays):
+    return _cached_tpu(static, mask, window, *arrays), arrays
 
 
 def _cached_backward(static, mask: BlockMask, window: int, saved, grads):
-    q, cache, options = saved
-    if jnp.issubdtype(cache.dtype, jnp.floating):
-        run = lambda q, cache: _cached(static, mask, window, q, cache, options)  # noqa: E731
-        return (*jax.vjp(run, q, cache)[1](grads), _none(options))
-    d_q = jax.vjp(lambda q: _cached(static, mask, window, q, cache, options), q)[1](grads)[0]
-    return d_q, None, _none(options)
+    q, cache, scale, options = saved
+    if scale is None:
+        run = lambda q, cache: _cached(static, mask, window, q, cache, None, options)  # noqa: E731
+        d_q, d_cache = jax.vjp(run, q, cache)[1](grads)
+        return d_q, d_cache, None, _none(options)
+    run = lambda q, scale: _cached(static, mask, window, q, cache, scale, options)  # noqa: E731
+    d_q, d_scale = jax.vjp(run, q, scale)[1](grads)
+    return d_q, None, d_scale, _none(options)
 
 
 _cached_tpu.defvjp(_cached_forward, _cached_backward)

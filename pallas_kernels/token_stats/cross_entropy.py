@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import platform
 from pallas_kernels.token_stats import cross_entropy_tpu
 from pallas_kernels.token_stats.api import partial_stats, refusal, scores_at
+from pallas_kernels.token_stats.partial import LOWEST
 from pallas_kernels.token_stats.reference import scores_of, without
 
 _SCORES = 1 << 23  # elements of a tile of scores, 32 MiB
@@ -110,7 +111,8 @@ def _forward(static: _Static, hidden, vocabulary, bias, targets, first):
         static.choice, hidden, vocabulary, first=first, bias=bias, soft_cap=static.soft_cap,
         forbidden=static.forbidden, top=1, tile=static.tile,
     )  # fmt: skip
-    log_z = found.mass.top + jnp.log(found.mass.total)
+    # A shard whose tokens are all forbidden has no mass: a finite logarithm of it adds none.
+    log_z = found.mass.top + jnp.log(jnp.maximum(found.mass.total, jnp.finfo(jnp.float32).tiny))
     at = targets - first
     there = (at >= 0) & (at < len(vocabulary))
     at = jnp.clip(at, 0, len(vocabulary) - 1)[:, None]
@@ -150,7 +152,8 @@ def _slopes(static: _Static, hidden, vocabulary, bias, targets, first, log_z, d_
         scores = scores_of(
             hidden, vectors, bias=None if bias is None else cut(bias), soft_cap=static.soft_cap
         )
-        share = jnp.exp(without(scores, first + place, static.forbidden) - log_z[:, None])
+        allowed = without(scores, first + place, static.forbidden)
+        share = jnp.where(allowed > LOWEST, jnp.exp(allowed - log_z[:, None]), 0.0)
         slope = share * d_log_z[:, None]
         slope += jnp.where(first + place == targets[:, None], d_own[:, None], 0.0)
         if static.soft_cap:
