@@ -184,7 +184,7 @@ def _of_tpu(static: _Static, arrays: _Arrays) -> tuple[Callable[..., Any], str |
         "own": static.own,
     }  # fmt: skip
     q, k = arrays.q, arrays.k
-    if arrays.cache is not None and q.shape[1] <= tpu.MOST_ENTRIES:
+    if arrays.cache is not None and (q.shape[1] <= tpu.MOST_ENTRIES or not static.own):
         return partial(_decode, tpu.block_attention), tpu.takes(q, k, static.mask, **call)
     return _long, long.takes(q, k, static.mask, **call)
 
