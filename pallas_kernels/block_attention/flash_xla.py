@@ -55,7 +55,7 @@ def forward(static: Static, q, kv, layer, seen: Seen):
     plan = _Plan(static, q, kv, layer, seen)
 
     def tile(i):
-        queries = plan.queries(i)
+        queries = plan.tiles[i]
 
         def step(kind, j, state):
             top, total, mixed = state
@@ -97,7 +97,7 @@ def backward(static: Static, saved, grads):
 
     def tile(i, carry):
         d_kv, d_q = carry
-        queries, own, log_sum, base = plan.queries(i), d_out[i], lse[i], level[i]
+        queries, own, log_sum, base = plan.tiles[i], d_out[i], lse[i], level[i]
 
         def step(kind, j, state):
             d_queries, d_kv = state
@@ -173,9 +173,6 @@ class _Plan:
         x = x.reshape(self.count, batch, kv_heads, group, self.rows, -1)
         x = jnp.moveaxis(x, 0, 3).reshape(batch, kv_heads, group, -1, x.shape[-1])
         return x[:, :, :, :entries]
-
-    def queries(self, i):
-        return self.tiles[i]
 
     def _kinds(self):
         low = jnp.arange(-(-self.slots // self.width)) * self.width  # of each tile of keys

@@ -93,7 +93,7 @@ def block_attention(q, k, v, mask: BlockMask, *, cache=None, cache_end=None, cac
     if entries > clean:
         groups = None
         if own:
-            together = None if segments is None else same_segment(segments[:, clean:], mask.block)
+            together = None if segments is None else _same_segment(segments[:, clean:], mask.block)
             groups = _Own(k[:, :, clean:], v[:, :, clean:], mask.block, together)
         parts.append(_attend(q[:, :, :, clean:], shape, reads(clean, entries), groups))
     out, lse = (
@@ -124,11 +124,11 @@ def attend_groups(q, k, v, block: int, scores: Scores, segments=None):
     Returns:
       float32 [B, K, G, Q, H], and the logarithm of each query's sum [B, K, G, Q].
     """
-    together = None if segments is None else same_segment(segments, block)
+    together = None if segments is None else _same_segment(segments, block)
     return _attend(q, scores, [], _Own(k, v, block, together))
 
 
-def same_segment(segments, block: int) -> jax.Array:
+def _same_segment(segments, block: int) -> jax.Array:
     """Which entries of its own group are of a query's segment, bool[B, Q, block]."""
     batch, entries = segments.shape
     groups = segments.reshape(batch, entries // block, block)
