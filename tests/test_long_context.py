@@ -3,15 +3,26 @@
 import dataclasses
 import json
 import math
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
 
+from dllm_jax import recipes
+from dllm_jax.decode.generate import generate, infill, pad, stream
+from dllm_jax.decode.prefill import CHUNK
+from dllm_jax.decode.prompt import edge
 from dllm_jax.models.folders import _from_json, _to_json
 from dllm_jax.models.registry import family
+from dllm_jax.nn.dit import DiTConfig
+from dllm_jax.nn.gemma import GemmaConfig
+from dllm_jax.nn.tree import param_shapes
 from dllm_jax.ops.rope import RopeScaling, rope_angles
+from dllm_jax.policies import Guidance
+from dllm_jax.testing import tiny
 
 # Positions
 
@@ -183,3 +194,132 @@ def test_a_scaling_needs_numbers_that_fit():
         RopeScaling(kind="yarn", factor=2.0)
     with pytest.raises(ValueError, match=r"high_factor=.* must exceed"):
         RopeScaling(kind="llama3", factor=2.0, original_length=8, low_factor=2.0, high_factor=2.0)
+
+
+# Prompts in chunks
+
+WINDOWED = GemmaConfig(
+    vocab_size=24, dim=16, num_heads=2, ffn_dim=24, num_experts=4, experts_per_token=2,
+    expert_dim=12, layer_types=("sliding", "full"), head_dim=8, num_kv_heads=2, window=4,
+    full_head_dim=16, full_num_kv_heads=1, canvas_length=4, max_length=64, eos_ids=(1, 5),
+)  # fmt: skip
+DIT = DiTConfig(
+    vocab_size=20, num_layers=2, dim=16, num_heads=2, cond_dim=8, max_length=64, block_size=4,
+    mask_id=19, eos_ids=(1,),
+)  # fmt: skip
+IN_PLACE = {"attention": "block_causal", "block_size": 4, "alignment": "same_position"}
+SHIFTED = {"attention": "block_causal", "block_size": 8}
+CASES = {
+    "ar": (tiny, recipes.ar(), 7),
+    "self_speculative": (tiny, recipes.self_speculative(width=2), 8),
+    "sliding": (tiny, recipes.block_diffusion(block_size=4, threshold=0.6), 8),
+    "sdar": (partial(tiny, **IN_PLACE), recipes.sdar(block_size=4), 6),
+    "fast_dllm_v2": (partial(tiny, **SHIFTED), recipes.fast_dllm_v2(block_size=8), 8),
+    "bd3lm": (lambda: random_model(DIT), recipes.bd3lm(block_size=4), 12),
+    "windows": (lambda: random_model(WINDOWED), recipes.diffusion_gemma(canvas=4, steps=4), 8),
+}
+
+QUICK = ("self_speculative", "sdar", "windows")
+
+
+def random_model(config, seed=0):
+    """Numbers that are all of them felt: a fresh model's modulations are zero."""
+    rng = np.random.default_rng(seed)
+    draw = lambda s: 0.3 * rng.normal(size=s.shape) + (len(s.shape) < 3)  # noqa: E731
+    shapes = param_shapes(config)
+    return config.build(), jax.tree.map(lambda s: jnp.asarray(draw(s), s.dtype), shapes)
+
+
+def rows(*lengths, seed=0):
+    """Prompts that end in different chunks, in a buffer of 32."""
+    rng = np.random.default_rng(seed)
+    return pad([rng.integers(6, 19, length).tolist() for length in lengths], bucket=16)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in CASES]
+)
+def test_a_prompt_in_chunks_is_the_prompt(name):
+    """The state behind the prefill: what is cached, written and drafted, of rows that end in the
+    first chunk, at the end of one, in the middle and in the last.
+    """
+    make, recipe, chunk = CASES[name]
+    model, params = make()
+
+    def first(asked):
+        return next(stream(
+            model, params, rows(3, 8, 18, 30), recipe=recipe, max_new_tokens=9,
+            key=jax.random.key(0), prefill_chunk=asked,
+        ))  # fmt: skip
+
+    whole, found = first(0), first(chunk)
+    lengths = np.asarray(whole.cache.lengths)
+    kept = np.arange(whole.cache.slots) < lengths[:, None]  # [B, S]
+    for got, want in zip(*(jax.tree.leaves(x.cache.kv) for x in (found, whole)), strict=True):
+        got, want = (jnp.where(kept[None, :, None, :, None], x, 0) for x in (got, want))
+        np.testing.assert_allclose(got, want, atol=1e-5)
+    for field in ("tokens", "open", "drafts", "written", "start", "stop", "nfe", "queries"):
+        np.testing.assert_array_equal(getattr(found, field), getattr(whole, field))
+    np.testing.assert_array_equal(found.cache.lengths, lengths)
+    for field in ("logprobs", "carry"):
+        np.testing.assert_allclose(getattr(found, field), getattr(whole, field), atol=1e-5)
+    if len(found.last):
+        np.testing.assert_allclose(found.last[lengths > 0], whole.last[lengths > 0], atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_an_answer_to_a_prompt_in_chunks_is_the_answer(name):
+    make, recipe, chunk = CASES[name]
+    model, params = make()
+    ask = partial(
+        generate, model, params, rows(3, 8, 18, 30), recipe=recipe, max_new_tokens=9,
+        key=jax.random.key(0),
+    )  # fmt: skip
+    whole, found = ask(prefill_chunk=0), ask(prefill_chunk=chunk)
+    np.testing.assert_array_equal(found.tokens, whole.tokens)
+    np.testing.assert_allclose(found.logprobs, whole.logprobs, atol=1e-5)
+    for field in ("lengths", "stop", "nfe", "queries"):
+        np.testing.assert_array_equal(getattr(found, field), getattr(whole, field))
+
+
+@pytest.mark.slow
+def test_what_is_filled_in_may_lie_behind_a_long_text():
+    model, params = tiny(**IN_PLACE)
+    given = [[*row[:-6], None, None, *row[-4:]] for row in (list(range(6, 31)), [7] * 12)]
+    ask = partial(infill, model, params, given, recipe=recipes.sdar(block_size=4))
+    whole, found = ask(prefill_chunk=0), ask(prefill_chunk=8)
+    np.testing.assert_array_equal(found.tokens, whole.tokens)
+    np.testing.assert_allclose(found.logprobs, whole.logprobs, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_guidance_takes_a_prompt_in_chunks():
+    """Rows twice, those without the prompt behind."""
+    model, params = tiny(**IN_PLACE)
+    recipe = dataclasses.replace(recipes.sdar(block_size=4), guidance=Guidance(1.5))
+    ask = partial(generate, model, params, rows(3, 18), recipe=recipe, max_new_tokens=6)
+    whole, found = ask(prefill_chunk=0), ask(prefill_chunk=8)
+    np.testing.assert_array_equal(found.tokens, whole.tokens)
+
+
+def test_chunks_are_those_that_the_call_can_have():
+    model, _ = tiny()
+
+    def size(prompt, config, recipe, asked):
+        return edge(config.build(), prompt, recipe, 4, None, asked).memory.chunk
+
+    longest = dataclasses.replace(model.config, max_length=1 << 17)
+    long = pad([[7] * (CHUNK + 1)])
+    assert size(long, longest, recipes.ar(), None) == CHUNK
+    assert size(long, longest, recipes.ar(), 0) == 0
+    assert size(rows(30), longest, recipes.ar(), None) == 0
+    assert size(rows(30), longest, recipes.ar(), 32) == 0  # one piece: the program of no chunks
+    blocks = dataclasses.replace(longest, **{**IN_PLACE, "block_size": 12})
+    assert size(long, blocks, recipes.sdar(block_size=12), None) == 4104
+    bidirectional = dataclasses.replace(longest, attention="bidirectional")
+    assert size(long, bidirectional, recipes.dream(), None) == 0
+    with pytest.raises(ValueError, match="all of the prompt sees all of it"):
+        size(long, bidirectional, recipes.dream(), 64)
+    with pytest.raises(ValueError, match="prefill_chunk=-1 must be a number of tokens"):
+        size(long, longest, recipes.ar(), -1)
