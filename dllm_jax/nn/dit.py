@@ -18,13 +18,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dllm_jax.cache import KVCache, allocate
+from dllm_jax.nn.attention import attend
 from dllm_jax.nn.head import Head
 from dllm_jax.nn.transformer import Output
 from dllm_jax.nn.tree import Entry, init, param_shapes
 from dllm_jax.ops.norm import layer_norm
 from dllm_jax.ops.rope import rope_angles, rotate
 from dllm_jax.typing import Params
-from pallas_kernels import BlockMask, block_attention
+from pallas_kernels import BlockMask
 
 ROPE_THETA = 10_000.0  # of the rotary positions, and of the waves
 _WAVES = 128  # of the embedding of a noise level: as many cosines, and as many sines
@@ -203,12 +204,9 @@ def _layer(context: _Context, number, layer: Params, hidden: jax.Array):
     x = layer_norm(hidden, p["norm"], config.norm_eps) * (1 + scale) + shift
     q, k, v = (jnp.einsum("bqd,dnh->bqnh", x, p[name].astype(x.dtype)) for name in "qkv")
     q, k = rotate(q, *context.angles), rotate(k, *context.angles)
-    cached: dict[str, Any] = {}
-    if context.cache is not None:
-        cached = context.cache.layer(number)
-    mixed = block_attention(
-        q, k, v, context.mask, **cached, cache_end=context.cache_end, hole=context.hole,
-        lengths=context.lengths,
+    mixed = attend(
+        q, k, v, context.mask, cache=context.cache, layer=number, cache_end=context.cache_end,
+        hole=context.hole, lengths=context.lengths,
     )  # fmt: skip
     hidden = hidden + gate * jnp.einsum("bqnh,nhd->bqd", mixed, p["o"].astype(x.dtype))
     p = layer["mlp"]

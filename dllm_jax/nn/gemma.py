@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dllm_jax.cache import KVCache, scales
+from dllm_jax.nn.attention import attend
 from dllm_jax.nn.gemma_tree import gemma_tree
 from dllm_jax.nn.head import Head
 from dllm_jax.nn.transformer import Output
@@ -31,7 +32,7 @@ from dllm_jax.ops.moe import MoEConfig, Stack, experts, route
 from dllm_jax.ops.norm import rms_norm
 from dllm_jax.ops.rope import rope_angles, rotate
 from dllm_jax.typing import Params
-from pallas_kernels import BlockMask, block_attention
+from pallas_kernels import BlockMask
 
 KINDS = ("sliding", "full")  # of layers, in the order of the cache's arrays
 
@@ -288,12 +289,10 @@ def _attention(context: _Context, kind: str, number, p: Params, hidden: jax.Arra
     q = rotate(rms_norm(q, p["q_norm"], config.norm_eps), *angles)
     k = rotate(rms_norm(k, p["k_norm"], config.norm_eps), *angles)
     v = rms_norm(v, None, config.norm_eps)
-    cached: dict[str, Any] = {}
-    if context.cache is not None:
-        cached = context.cache.layer(number, config.kinds.index(kind))
-    mixed = block_attention(
-        q, k, v, context.mask, **cached, cache_end=context.cache_end, hole=context.hole,
-        lengths=context.lengths, window=config.window if kind == "sliding" else 0, scale=1.0,
+    mixed = attend(
+        q, k, v, context.mask, cache=context.cache, layer=number, part=config.kinds.index(kind),
+        cache_end=context.cache_end, hole=context.hole, lengths=context.lengths,
+        window=config.window if kind == "sliding" else 0, scale=1.0,
     )  # fmt: skip
     mixed = jnp.einsum("bqnh,nhd->bqd", mixed, p["o"].astype(x.dtype))
     kv = jnp.moveaxis(jnp.concatenate([k, v], axis=-1), 1, 2)

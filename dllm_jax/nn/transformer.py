@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dllm_jax.cache import KVCache, allocate
 from dllm_jax.nn.adapters import AdapterConfig, low_rank
+from dllm_jax.nn.attention import attend
 from dllm_jax.nn.head import Head
 from dllm_jax.nn.transformer_tree import transformer_tree
 from dllm_jax.nn.tree import init, param_shapes
@@ -27,7 +28,7 @@ from dllm_jax.ops.moe import MoEConfig, Stack, experts, route
 from dllm_jax.ops.norm import rms_norm
 from dllm_jax.ops.rope import RopeScaling, rope_angles, rotate
 from dllm_jax.typing import Params
-from pallas_kernels import BlockMask, block_attention
+from pallas_kernels import BlockMask
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -299,12 +300,9 @@ def _layer(
     if config.qk_norm:
         q, k = (rms_norm(y, p[f"{n}_norm"], config.norm_eps) for y, n in ((q, "q"), (k, "k")))
     q, k = rotate(q, *context.angles), rotate(k, *context.angles)
-    cached: dict[str, Any] = {}
-    if context.cache is not None:
-        cached = context.cache.layer(number)
-    mixed = block_attention(
-        q, k, v, context.mask, **cached, cache_end=context.cache_end, hole=context.hole,
-        lengths=context.lengths,
+    mixed = attend(
+        q, k, v, context.mask, cache=context.cache, layer=number, cache_end=context.cache_end,
+        hole=context.hole, lengths=context.lengths,
     )  # fmt: skip
     mixed = mixed.reshape(*mixed.shape[:2], -1)
     hidden = hidden + project(mixed, p["o"].reshape(-1, config.dim), "o", "bqi,id->bqd")
