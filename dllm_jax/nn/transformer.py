@@ -25,7 +25,7 @@ from dllm_jax.nn.transformer_tree import transformer_tree
 from dllm_jax.nn.tree import init, param_shapes
 from dllm_jax.ops.moe import MoEConfig, Stack, experts, route
 from dllm_jax.ops.norm import rms_norm
-from dllm_jax.ops.rope import rope_angles, rotate
+from dllm_jax.ops.rope import RopeScaling, rope_angles, rotate
 from dllm_jax.typing import Params
 from pallas_kernels import BlockMask, block_attention
 
@@ -44,6 +44,7 @@ class TransformerConfig:
     ffn_dim: int
     max_length: int = 8192
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None  # for texts longer than those of the first training
     rotary_dim: int = 0  # RoPE turns the first ones of each head; 0: the whole head
     norm_eps: float = 1e-5
     tied_head: bool = False  # the output projection is the embedding, transposed
@@ -189,7 +190,10 @@ class Transformer(nn.Module):
                 adapter = None
             else:
                 gate = jnp.equal(tokens, config.mask_id)
-        angles = rope_angles(positions, config.rotary_dim or config.head_dim, config.rope_theta)
+        angles = rope_angles(
+            positions, config.rotary_dim or config.head_dim, config.rope_theta,
+            config.rope_scaling, config.max_length,
+        )  # fmt: skip
         context = _Context(config, mask, angles, adapter, gate, cache, cache_end, hole, lengths)
         hidden = embed(tree, config, tokens, gate)
         hidden, kv = _run(context, tree, hidden, frozen_layers)
