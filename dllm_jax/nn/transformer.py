@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dllm_jax.cache import KVCache, allocate
+from dllm_jax.nn import remat
 from dllm_jax.nn.adapters import AdapterConfig, low_rank
 from dllm_jax.nn.head import Head
 from dllm_jax.nn.transformer_tree import transformer_tree
@@ -59,10 +60,11 @@ class TransformerConfig:
     pad_id: int = 0
     dtype: str = "float32"  # activations
     param_dtype: str = "float32"
-    remat: bool = False  # recompute each layer in the backward pass instead of storing it
+    remat: str | bool = "none"  # what the backward pass computes again: one of `remat.NAMES`
     adapter: AdapterConfig | None = None
 
     def __post_init__(self):
+        object.__setattr__(self, "remat", remat.check(self.remat))
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
@@ -271,8 +273,7 @@ def _scan(context: _Context, layers: Params, hidden: jax.Array, first: int, last
         stack = None if every is None else Stack(number - start, *every)
         return _layer(context, number, layer["base"], layer.get("adapter", {}), stack, hidden)
 
-    if context.config.remat:
-        body = jax.checkpoint(body, prevent_cse=False)
+    body = remat.rematerialised(body, context.config.remat)
     return jax.lax.scan(body, hidden, (jnp.arange(first, last), layers))
 
 
