@@ -10,19 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from dllm_jax import recipes
-from dllm_jax.decode.generate import generate, infill, pad, stream
+from dllm_jax.cache import _ROOM, allocate, append, cut
+from dllm_jax.decode.generate import _generate, generate, infill, pad, stream
 from dllm_jax.decode.prefill import CHUNK
 from dllm_jax.decode.prompt import edge
 from dllm_jax.models.folders import _from_json, _to_json
 from dllm_jax.models.registry import family
 from dllm_jax.nn.dit import DiTConfig
 from dllm_jax.nn.gemma import GemmaConfig
+from dllm_jax.nn.head import logits_of
+from dllm_jax.nn.transformer import forward
 from dllm_jax.nn.tree import param_shapes
 from dllm_jax.ops.rope import RopeScaling, rope_angles
 from dllm_jax.policies import Guidance
 from dllm_jax.testing import tiny
+from pallas_kernels.block_attention.quantised import dequantise
 
 # Positions
 
@@ -323,3 +328,131 @@ def test_chunks_are_those_that_the_call_can_have():
         size(long, bidirectional, recipes.dream(), 64)
     with pytest.raises(ValueError, match="prefill_chunk=-1 must be a number of tokens"):
         size(long, longest, recipes.ar(), -1)
+
+
+# Caches of fewer bits
+
+
+def test_the_first_append_of_a_row_sets_its_scales():
+    """From what it keeps; a block that is written before it counts is kept whole."""
+    draw = lambda key, scale: scale * jax.random.normal(jax.random.key(key), (2, 3, 2, 4, 6))  # noqa: E731
+    first, later = draw(0, 1.0), draw(1, 4.0)
+    first = first.at[:, 0, :, 2:].set(1e3)  # behind the count of row 0
+    step = jax.jit(append)
+    cache = step(allocate(2, 3, 2, 12, 3, "int8"), first, jnp.array([2, 4, 0]))
+    halves = np.abs(first).reshape(2, 3, 2, 4, 2, 3).max(axis=5)
+    counted = np.arange(4) < np.array([2, 4, 4])[:, None]
+    most = np.where(counted[None, :, None, :, None], halves, 0).max(axis=3)
+    np.testing.assert_allclose(cache.scale, _ROOM * most / 127, rtol=1e-6)
+    stored = dequantise(cache.kv, cache.scale)
+    half = np.repeat(np.asarray(cache.scale), 3, axis=-1)[..., None, :] / 2
+    for row, count in enumerate((2, 4, 4)):
+        error = np.abs(stored[:, row, :, :count] - first[:, row, :, :count])
+        assert (error <= 1.001 * half[:, row]).all()
+    after = step(cache, later, jnp.array([3, 1, 1]))
+    np.testing.assert_array_equal(after.scale[:, :2], cache.scale[:, :2])  # later ones are clipped
+    limit = 127 * half[:, 0] * 2
+    want = np.clip(later[:, 0, :, :3], -limit, limit)
+    got = dequantise(after.kv, after.scale)[:, 0, :, 2:5]
+    np.testing.assert_allclose(got, want, atol=1.001 * half[:, 0].max())
+    assert (np.abs(later[:, 0, :, :3]) > limit).any()
+    assert (after.scale[:, 2] != cache.scale[:, 2]).all()  # row 2 was still empty
+
+
+LARGEST = {"float32": 1e-4, "bfloat16": 0.02, "int8": 0.05}  # of a log-probability
+ALIKE = {"float32": 1.0, "bfloat16": 1.0, "int8": 0.9}  # of the tokens; random weights
+
+
+@pytest.mark.parametrize("family", ["transformer", pytest.param("gemma", marks=pytest.mark.slow)])
+def test_what_a_cache_of_fewer_bits_costs(family):
+    """Log-probabilities behind a cached text against those of one whole pass in float32."""
+    model, params = tiny(sharpness=4.0) if family == "transformer" else random_model(WINDOWED)
+    text = jnp.asarray(np.random.default_rng(0).integers(6, 19, (3, 32)))
+    lengths = jnp.array([25, 9, 17])
+    at = lengths[:, None] + jnp.arange(7)
+
+    @jax.jit
+    def said(params):
+        whole = forward(model, params, text, canvas=False)
+        rest = jnp.take_along_axis(text, at, axis=1)
+        hidden = [jnp.take_along_axis(whole.hidden, at[..., None], axis=1)]
+        for dtype in LARGEST:
+            kept = append(model.cache(3, 32, dtype), cut(whole.kv, 0, 25), lengths)
+            hidden.append(forward(model, params, rest, cache=kept, canvas=False).hidden)
+        return [jax.nn.log_softmax(logits_of(model, params, x)) for x in hidden]
+
+    want, *found = said(params)
+    errors = [float(jnp.abs(got - want).max()) for got in found]
+    assert errors == sorted(errors)
+    for dtype, error, got in zip(LARGEST, errors, found, strict=True):
+        assert error < LARGEST[dtype], errors
+        assert (got.argmax(-1) == want.argmax(-1)).mean() >= ALIKE[dtype]
+
+
+@pytest.mark.parametrize("name", ["sdar", pytest.param("dual", marks=pytest.mark.slow)])
+def test_rows_of_an_int8_cache_are_as_alone(name):
+    """A row's scales are its own: of its prompt's first chunk, or of each pass over its canvas."""
+    recipe = recipes.fast_dllm_dual(block_size=4) if name == "dual" else recipes.sdar(block_size=4)
+    more = {**IN_PLACE, "attention": "bidirectional"} if name == "dual" else IN_PLACE
+    model, params = tiny(**more)
+    texts = [[7, 8, 9], list(range(6, 29)), [11] * 8]
+    ask = partial(generate, model, params, recipe=recipe, max_new_tokens=8, cache_dtype="int8")
+    chunk = {} if name == "dual" else {"prefill_chunk": 8}
+    together = ask(texts, **chunk)
+    for row, text in enumerate(texts):
+        alone = ask([text], **chunk)
+        np.testing.assert_array_equal(together.tokens[row], alone.tokens[0])
+        np.testing.assert_allclose(together.logprobs[row], alone.logprobs[0], atol=1e-5)
+
+
+def test_a_dtype_that_no_cache_has():
+    model, params = tiny()
+    with pytest.raises(ValueError, match="cache_dtype='int4' is none of float32, bfloat16"):
+        generate(model, params, [[3]], recipe=recipes.ar(), cache_dtype="int4")
+
+
+# What a program of a long text holds
+
+
+def arrays(jaxpr):
+    """The shapes of all that a program makes, in its loops and branches too."""
+    for equation in jaxpr.eqns:
+        yield from (out.aval.shape for out in equation.outvars)
+        for value in jax.tree.leaves(
+            equation.params, is_leaf=lambda x: isinstance(x, (ClosedJaxpr, Jaxpr))
+        ):
+            if isinstance(value, (ClosedJaxpr, Jaxpr)):
+                yield from arrays(getattr(value, "jaxpr", value))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more"),
+    [
+        (recipes.self_speculative(width=2), {}),
+        (recipes.sdar(block_size=32), {**IN_PLACE, "block_size": 32, "adapter": False}),
+    ],
+    ids=["self_speculative", "sdar"],
+)
+def test_nothing_has_a_side_for_the_text_and_one_for_keys_or_tokens(recipe, more):
+    """The program of 131,072 tokens, prefill and loop: its largest array is the cache.
+
+    Neither [L, S] scores nor [L, V] logits nor the hidden states [L, D] of the prompt exist.
+    """
+    length, vocab = 131_072, 40_000
+    model, _ = tiny(
+        vocab_size=8, dim=128, num_kv_heads=1, max_length=2 * length, param_dtype="bfloat16", **more
+    )
+    mask_id = vocab if model.config.adapter else vocab - 1
+    model = dataclasses.replace(model.config, vocab_size=vocab, mask_id=mask_id).build()
+    params = param_shapes(model.config)
+    job = edge(model, pad([[7] * length]), recipe, 64, None)
+    assert job.memory.chunk == CHUNK
+    program = jax.make_jaxpr(
+        partial(_generate, size=job.size, memory=job.memory), static_argnums=0
+    )(model, params, job.prompt, job.recipe, job.budget, None)
+    shapes = {shape for shape in arrays(program.jaxpr)}
+    largest = max(math.prod(shape) for shape in shapes)
+    slots = job.size + 64
+    assert largest <= max(2 * slots * 16, vocab * 128), max(shapes, key=math.prod)
+    assert largest < length * 128 / 2
+    assert any(CHUNK in shape for shape in shapes)

@@ -33,6 +33,7 @@ def generate(
     max_new_tokens: int = 128,
     key: Key | None = None,
     prefill_chunk: int | None = None,
+    cache_dtype: str | None = None,
 ) -> Result:
     """Answers a batch of prompts, in one compiled loop on the device.
 
@@ -50,6 +51,9 @@ def generate(
         the prompt. 0: all at once. None: chunks of 4,096. Rounded up to whole blocks of a
         block-causal model; where all of a prompt sees all of it (bidirectional models) it goes at
         once. Results are equal up to rounding, `nfe` too: a prefill counts as one pass.
+      cache_dtype: of keys and values of the text so far: "bfloat16", or "int8" with scales of each
+        row, layer and kv head that its prompt sets (its first chunk); both approximate. None: that
+        of the model's activations.
 
     Returns:
       A `Result`: tokens, lengths, stop reasons, and the cost of each row. Each row's answer is the
@@ -61,7 +65,7 @@ def generate(
         needs (a mask id, its kind of attention), or the lengths do not fit the model.
     """
     prompt = checked(prompt, model.config)
-    job = edge(model, prompt, recipe, max_new_tokens, key, prefill_chunk)
+    job = edge(model, prompt, recipe, max_new_tokens, key, prefill_chunk, cache_dtype)
     return result(run(model, params, job), max_new_tokens)
 
 
@@ -74,6 +78,7 @@ def stream(
     max_new_tokens: int = 128,
     key: Key | None = None,
     prefill_chunk: int | None = None,
+    cache_dtype: str | None = None,
 ) -> Iterator[DecodeState]:
     """As `generate`, but yields the state after the prefill and after every step.
 
@@ -82,7 +87,9 @@ def stream(
     """
     filling = has_free(prompt)
     prompt = checked(prompt, model.config, infilling=filling)
-    job = edge(model, prompt, recipe, None if filling else max_new_tokens, key, prefill_chunk)
+    job = edge(
+        model, prompt, recipe, None if filling else max_new_tokens, key, prefill_chunk, cache_dtype
+    )
     yield from _stream(model, params, job)
 
 
@@ -94,6 +101,7 @@ def infill(
     recipe: Recipe,
     key: Key | None = None,
     prefill_chunk: int | None = None,
+    cache_dtype: str | None = None,
 ) -> Result:
     """Fills in the free positions of texts; the given ones stay as they are.
 
@@ -111,7 +119,7 @@ def infill(
         from left to right only (`ar`, `self_speculative`).
     """
     prompt = checked(rows, model.config, infilling=True)
-    state = run(model, params, edge(model, prompt, recipe, None, key, prefill_chunk))
+    state = run(model, params, edge(model, prompt, recipe, None, key, prefill_chunk, cache_dtype))
     index = jnp.arange(prompt.tokens.shape[1])
     there = index < prompt.lengths[:, None]
     cut = lambda x, fill: jnp.where(there, x[:, : len(index)], fill)  # noqa: E731
@@ -194,7 +202,7 @@ def _step(model, params, recipe: Recipe, keys, state) -> DecodeState:
 
 @partial(jax.jit, static_argnames=("model", "size", "memory"))
 def _start(model, params, prompt, recipe, budget, keys, forced, *, size, memory) -> DecodeState:
-    state = initial(model, prompt, recipe, budget, keys, size)
+    state = initial(model, prompt, recipe, budget, keys, size, memory.cache_dtype)
     width = prompt.tokens.shape[1]
     if isinstance(recipe, Verified):
         return verify.first_steps(model, params, recipe, keys, state, width, memory.chunk)

@@ -75,7 +75,8 @@ def whole_canvas(model, params, recipe: Denoise, state: DecodeState, rows) -> Pa
         mask=BlockMask.bidirectional(length), lengths=state.end,
     )  # fmt: skip
     if recipe.cache != "none":  # all running rows are served: nobody needs the old one
-        state = dataclasses.replace(state, cache=replaced(state.cache, out.kv))
+        ends = twice(recipe, state.end)
+        state = dataclasses.replace(state, cache=replaced(state.cache, out.kv, ends))
     state = _count(state, rows, state.end)
     start = twice(recipe, state.start) - shifted(model)
     return Pass(gather(out.hidden, start, recipe.width.size), state.start, state)

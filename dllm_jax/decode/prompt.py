@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dllm_jax.cache import DTYPES
 from dllm_jax.decode.prefill import CHUNK
 from dllm_jax.policies import Blocks, Pipeline, ReNoise, Sliding, random_part
 from dllm_jax.recipes import Denoise, Recipe, Verified
@@ -29,6 +30,7 @@ class Memory(NamedTuple):
     """What a call holds on the device beside the weights: part of the program, hashable."""
 
     chunk: int = 0  # tokens of a prompt that a pass takes (`decode.prefill`); 0: all
+    cache_dtype: str | None = None  # None: that of the model's activations
 
 
 PLAIN = Memory()
@@ -115,13 +117,13 @@ def checked(prompt, config, infilling: bool = False) -> Prompt:
 
 def edge(
     model, prompt: Prompt, recipe: Any, max_new_tokens: int | None, key,
-    prefill_chunk: int | None = None,
+    prefill_chunk: int | None = None, cache_dtype: str | None = None,
 ) -> Job:  # fmt: skip
     """Whether all fits; the recipe with arrays for numbers, a key a row, and the buffers' size.
 
     Args:
       max_new_tokens: None when infilling.
-      prefill_chunk: as in `generate`.
+      prefill_chunk, cache_dtype: as in `generate`.
     """
     config = model.config
     if not isinstance(recipe, Verified | Denoise):
@@ -151,7 +153,9 @@ def edge(
     room = -(-budget // BUCKET) * BUCKET
     if isinstance(recipe, Denoise) and not recipe.width.size:
         recipe = _whole(recipe, room or width)
-    memory = Memory(_chunk(recipe, config, width, prefill_chunk))
+    if cache_dtype not in (None, *DTYPES):
+        raise ValueError(f"cache_dtype={cache_dtype!r} is none of {', '.join(DTYPES)}")
+    memory = Memory(_chunk(recipe, config, width, prefill_chunk), cache_dtype)
     recipe = jax.tree.map(_strong, recipe)
     return Job(prompt, recipe, jnp.int32(budget), keys, width + room, memory)
 

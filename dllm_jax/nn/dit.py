@@ -178,10 +178,10 @@ class DiT(nn.Module):
         """The output projection."""
         return Head(self.tree["head"], self.tree["output"]["head_bias"])
 
-    def cache(self, batch: int, slots: int) -> KVCache:
-        """An empty cache for this architecture."""
+    def cache(self, batch: int, slots: int, dtype: str | None = None) -> KVCache:
+        """An empty cache for this architecture, in the dtype of its activations or another."""
         c = self.config
-        return allocate(c.num_layers, batch, c.num_heads, slots, c.head_dim, c.dtype)
+        return allocate(c.num_layers, batch, c.num_heads, slots, c.head_dim, dtype or c.dtype)
 
 
 class _Context(NamedTuple):
@@ -206,7 +206,7 @@ def _layer(context: _Context, number, layer: Params, hidden: jax.Array):
     q, k = rotate(q, *context.angles), rotate(k, *context.angles)
     cached: dict[str, Any] = {}
     if context.cache is not None:
-        cached = {"cache": context.cache.kv, "layer": number}
+        cached = context.cache.layer(number)
     mixed = block_attention(
         q, k, v, context.mask, **cached, cache_end=context.cache_end, hole=context.hole,
         lengths=context.lengths,

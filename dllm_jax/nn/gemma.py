@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dllm_jax.cache import KVCache
+from dllm_jax.cache import KVCache, scales
 from dllm_jax.nn import remat
 from dllm_jax.nn.gemma_tree import gemma_tree
 from dllm_jax.nn.head import Head
@@ -204,14 +204,18 @@ class Gemma(nn.Module):
         """
         return _scaled(self.config, mean.astype(self.config.dtype))
 
-    def cache(self, batch: int, slots: int) -> KVCache:
-        """An empty cache for this architecture: an array for each of `config.kinds`."""
+    def cache(self, batch: int, slots: int, dtype: str | None = None) -> KVCache:
+        """An empty cache for this architecture: an array for each of `config.kinds`.
+
+        In the dtype of its activations, or another.
+        """
         c, kv = self.config, []
         for kind in c.kinds:
             kv_heads, size = c.heads(kind)
             shape = (len(c.numbers(kind)), batch, kv_heads, slots, 2 * size)
-            kv.append(jnp.zeros(shape, c.dtype))
-        return KVCache(tuple(kv), jnp.zeros(batch, jnp.int32))
+            kv.append(jnp.zeros(shape, dtype or c.dtype))
+        scale = tuple(scales(x) for x in kv) if kv[0].dtype == jnp.int8 else None
+        return KVCache(tuple(kv), jnp.zeros(batch, jnp.int32), scale)
 
 
 class _Context(NamedTuple):
@@ -287,7 +291,7 @@ def _attention(context: _Context, kind: str, number, p: Params, hidden: jax.Arra
     v = rms_norm(v, None, config.norm_eps)
     cached: dict[str, Any] = {}
     if context.cache is not None:
-        cached = {"cache": context.cache.kv[config.kinds.index(kind)], "layer": number}
+        cached = context.cache.layer(number, config.kinds.index(kind))
     mixed = block_attention(
         q, k, v, context.mask, **cached, cache_end=context.cache_end, hole=context.hole,
         lengths=context.lengths, window=config.window if kind == "sliding" else 0, scale=1.0,

@@ -205,10 +205,10 @@ class Transformer(nn.Module):
         """The output projection."""
         return Head(self.tree["embed" if self.config.tied_head else "head"])
 
-    def cache(self, batch: int, slots: int) -> KVCache:
-        """An empty cache for this architecture."""
+    def cache(self, batch: int, slots: int, dtype: str | None = None) -> KVCache:
+        """An empty cache for this architecture, in the dtype of its activations or another."""
         c = self.config
-        return allocate(c.num_layers, batch, c.num_kv_heads, slots, c.head_dim, c.dtype)
+        return allocate(c.num_layers, batch, c.num_kv_heads, slots, c.head_dim, dtype or c.dtype)
 
 
 def embed(
@@ -302,7 +302,7 @@ def _layer(
     q, k = rotate(q, *context.angles), rotate(k, *context.angles)
     cached: dict[str, Any] = {}
     if context.cache is not None:
-        cached = {"cache": context.cache.kv, "layer": number}
+        cached = context.cache.layer(number)
     mixed = block_attention(
         q, k, v, context.mask, **cached, cache_end=context.cache_end, hole=context.hole,
         lengths=context.lengths,
