@@ -7,6 +7,7 @@ and the base parameters stay as they are.
 import dataclasses
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from dllm_jax.data import Conversations
 from dllm_jax.losses import DualStream
 from dllm_jax.nn.adapters import AdapterConfig, init_adapter
 from dllm_jax.nn.transformer import Transformer
-from dllm_jax.nn.tree import param_shapes
+from dllm_jax.nn.tree import param_axes, param_shapes
 from dllm_jax.sharding import Rules, make_mesh, shardings
 from dllm_jax.typing import Params
 
@@ -87,7 +88,11 @@ def adapt(config: Adapt) -> None:
         changes |= dict(adapter=config.adapter, mask_id=base.config.vocab_size)
         settings = dataclasses.replace(base.config, **changes)
         shapes, key = param_shapes(settings)["adapter"], jax.random.key(config.seed)
-        params["adapter"] = _whole(init_adapter(key, shapes, config.adapter, params), mesh)
+        init = partial(init_adapter, key, shapes, config.adapter)
+        if mesh is not None:
+            homes = shardings(param_axes(settings)["adapter"], mesh, shapes=shapes)
+            init = jax.jit(init, out_shardings=homes)
+        params["adapter"] = init({"embed": params["embed"]})
     else:
         settings = dataclasses.replace(base.config, **changes)
     model, size = Transformer(settings), settings.adapter
@@ -146,7 +151,7 @@ def _mesh(config: Adapt) -> Mesh | None:
 
 
 def _whole(tree: Params, mesh: Mesh | None) -> Params:
-    """A small tree, whole on every device."""
+    """A small tree, whole on every device: one process can read it."""
     if mesh is None:
         return tree
     return jax.jit(lambda tree: tree, out_shardings=shardings((), mesh, Rules()))(tree)

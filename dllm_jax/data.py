@@ -6,6 +6,7 @@ position (`get_state`, `set_state`) goes into a checkpoint with the parameters.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
@@ -120,6 +121,6 @@ class _Share:
     def __len__(self) -> int:
         return len(self.dataset) // self.batch * len(self.places)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> Any:
         number, place = divmod(int(index), len(self.places))
         return self.dataset[number * self.batch + self.places[place]]

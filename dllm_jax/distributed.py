@@ -13,6 +13,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -85,6 +86,20 @@ def wait(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def place(tree: Any, homes: Any) -> Any:
+    """Host arrays, the same on every process, as global arrays with these shardings.
+
+    Args:
+      homes: the same tree of `jax.sharding.Sharding`s.
+    """
+
+    def one(x: Any, home: jax.sharding.Sharding) -> jax.Array:
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, home, lambda index: host[index])
+
+    return jax.tree.map(one, tree, homes)
+
+
 @dataclasses.dataclass(frozen=True)
 class Place:
     """What `jax.distributed.initialize` is told; None is for JAX to find out."""
@@ -122,7 +137,7 @@ def place_of(environ: Mapping[str, str]) -> Place | None:
         )
     if _is_tpu(environ):
         return Place("TPU", maybe=True)
-    # Indexed jobs may be many lone processes: without an address, who installs the package means us.
+    # Indexed jobs may be many lone processes: who installs the package means them to be joined.
     indexed = "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ
     if indexed and importlib.util.find_spec("kubernetes"):
         return Place("Kubernetes")

@@ -8,7 +8,7 @@ reads its cache.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,17 @@ from dllm_jax.nn.head import cross_entropy_of
 from dllm_jax.nn.transformer import Transformer, forward
 from dllm_jax.typing import Key, Params
 from pallas_kernels import BlockMask
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What a training step asks of an objective; static under jit, so hashable."""
+
+    def loss(
+        self, model: Any, params: Params, batch: dict[str, jax.Array], key: Key
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss of a batch, and figures about it: scalars."""
+        ...
 
 
 class Drawn(NamedTuple):

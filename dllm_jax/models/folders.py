@@ -46,7 +46,8 @@ def facts_of(folder: epath.Path, config: Any) -> dict[str, Any]:
         "version": sources.VERSION,
         **_to_json(config),
         "files": {
-            str(file.relative_to(folder)): file.stat().length for file in files_in(folder / "params")
+            str(file.relative_to(folder)): file.stat().length
+            for file in files_in(folder / "params")
         },
     }
 

@@ -59,7 +59,7 @@ class Saver:
         self._last: Future[None] | None = None
         self._step = self._checkpointer.latest.step if self._checkpointer.latest else 0
 
-    def save(self, step: int, tree: Params, facts: dict[str, Any]) -> None:
+    def save(self, step: int, tree: Any, facts: dict[str, Any]) -> None:
         """Copies the arrays and returns; the writing goes on beside what follows.
 
         Nothing happens where this step, or none, is what the disk has. An error of the last save
@@ -141,7 +141,7 @@ class Unreadable(Exception):
     """A step that cannot be read."""
 
 
-def read(path: epath.Path, target: Params, *, partial: bool = False) -> Params:
+def read(path: epath.Path, target: Any, *, partial: bool = False) -> Any:
     """The arrays of a step, in the dtype and on the devices of `target`.
 
     Raises:
@@ -158,7 +158,7 @@ def read(path: epath.Path, target: Params, *, partial: bool = False) -> Params:
         raise Unreadable(_first_line(error)) from error
 
 
-def facts_of(path: epath.Path) -> tuple[Params, dict[str, Any]]:
+def facts_of(path: epath.Path) -> tuple[Any, Any]:
     """The names and shapes of a step's arrays, and the facts saved with them.
 
     Raises:
@@ -261,7 +261,7 @@ def _set_aside(root: epath.Path, damaged: list[int]) -> None:
             while home.exists():
                 home, number = root / _DAMAGED / f"{step}-{number}", number + 1
             (root / str(step)).rename(home)
-            _log.warning("it is skipped, and kept as %s", home)
+            _log.warning("the checkpoint of step %d is skipped, and kept as %s", step, home)
     distributed.wait("damaged steps are set aside")
 
 

@@ -15,7 +15,7 @@ process reads of the batch follows from where its devices stand in the mesh.
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from dllm_jax import distributed
 from dllm_jax.data import Conversations, batches
-from dllm_jax.losses import DualStream
+from dllm_jax.losses import Objective
 from dllm_jax.nn.transformer import Transformer
 from dllm_jax.sharding import FSDP_TENSOR, Rules, shardings
 from dllm_jax.training import checkpoints, records
@@ -67,7 +67,7 @@ def fit(
     model: Transformer,
     params: Params,
     state: TrainState,
-    objective: DualStream,
+    objective: Objective,
     tx: optax.GradientTransformation,
     source: Conversations,
     heldout: Conversations | None = None,
@@ -148,7 +148,7 @@ def fit(
 
 
 def evaluate(
-    model: Transformer, params: Params, objective: DualStream, source: Conversations, *, batch: int,
+    model: Transformer, params: Params, objective: Objective, source: Conversations, *, batch: int,
     length: int, seed: int = 0, limit: int = 64, rules: Rules = FSDP_TENSOR,
 ) -> dict[str, float]:  # fmt: skip
     """Mean figures of the objective over `limit` conversations, the same ones for the same seed."""
@@ -172,7 +172,7 @@ def evaluate(
 
 
 @partial(jax.jit, static_argnums=(0, 1))  # compiled once, however often a run evaluates
-def _figures(model: Transformer, objective: DualStream, params: Params, batch, key: Key):
+def _figures(model: Transformer, objective: Objective, params: Params, batch, key: Key):
     return objective.loss(model, params, batch, key)[1]
 
 
@@ -219,7 +219,7 @@ class Feed:
         homes = self._homes
 
         def one(local: np.ndarray) -> jax.Array:
-            def shard(index: tuple[slice, ...]) -> np.ndarray:
+            def shard(index: Any) -> np.ndarray:
                 return local[np.searchsorted(self.rows, np.arange(self.batch)[index[0]])]
 
             shape = (self.batch, *local.shape[1:])

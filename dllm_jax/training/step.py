@@ -8,8 +8,9 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding
 
-from dllm_jax.losses import DualStream
+from dllm_jax.losses import Objective
 from dllm_jax.nn.transformer import Transformer
 from dllm_jax.sharding import Rules, shardings
 from dllm_jax.typing import Key, Params
@@ -43,7 +44,7 @@ def create(params: Params, names: tuple[str, ...], tx: optax.GradientTransformat
     homes = jax.tree.map(lambda x: x.sharding, given)
     whole = _whole(jax.tree.leaves(homes)[0])
     moments = optax.tree.map_params(
-        tx, lambda _, home: home, jax.eval_shape(tx.init, given), homes,
+        tx.init, lambda _, home: home, jax.eval_shape(tx.init, given), homes,
         transform_non_params=lambda _: whole,
     )  # fmt: skip
     return TrainState(*jax.jit(start, out_shardings=(whole, homes, moments))(given))
@@ -51,13 +52,14 @@ def create(params: Params, names: tuple[str, ...], tx: optax.GradientTransformat
 
 def _whole(home: jax.sharding.Sharding) -> jax.sharding.Sharding:
     """The sharding of what every device of `home` holds whole."""
-    named = isinstance(home, jax.sharding.NamedSharding)
-    return shardings((), home.mesh, Rules()) if named else home
+    if not isinstance(home, NamedSharding):
+        return home
+    return shardings((), cast(Mesh, home.mesh), Rules())
 
 
 def make_train_step(
     model: Transformer,
-    objective: DualStream,
+    objective: Objective,
     tx: optax.GradientTransformation,
     *,
     accumulate: int = 1,
@@ -84,6 +86,11 @@ def _step(model, objective, tx, accumulate, state: TrainState, params: Params, b
 
         (total, figures), grads = jax.value_and_grad(loss, has_aux=True)(state.trainable)
     else:
+        if not hasattr(objective, "draw"):
+            raise ValueError(
+                f"accumulate={accumulate} needs an objective with `draw` and `score`, which tell "
+                f"the parts of a batch; {type(objective).__name__} has none"
+            )
         drawn = objective.draw(model, batch, noise)
         total, figures, grads = _in_parts(model, objective, accumulate, state, params, drawn)
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
