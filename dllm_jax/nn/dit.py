@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dllm_jax.cache import KVCache, allocate
+from dllm_jax.nn import remat
 from dllm_jax.nn.head import Head
 from dllm_jax.nn.transformer import Output
 from dllm_jax.nn.tree import Entry, init, param_shapes
@@ -52,9 +53,10 @@ class DiTConfig:
     noise_max: float = 1.0
     dtype: str = "float32"  # activations
     param_dtype: str = "float32"
-    remat: bool = False  # recompute each layer in the backward pass instead of storing it
+    remat: str | bool = "none"  # what the backward pass computes again: one of `remat.NAMES`
 
     def __post_init__(self):
+        object.__setattr__(self, "remat", remat.check(self.remat))
         if self.dim % self.num_heads or self.head_dim % 2:
             raise ValueError(
                 f"dim={self.dim} must be num_heads={self.num_heads} heads of an even size"
@@ -165,8 +167,7 @@ class DiT(nn.Module):
             number, layer = xs
             return _layer(context, number, layer, hidden)
 
-        if config.remat:
-            body = jax.checkpoint(body, prevent_cse=False)
+        body = remat.rematerialised(body, config.remat)
         numbers = jnp.arange(config.num_layers)
         hidden, kv = jax.lax.scan(body, hidden, (numbers, tree["layers"]))
         shift, scale = _modulation(tree["output"], context.noise)

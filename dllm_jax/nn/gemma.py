@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dllm_jax.cache import KVCache
+from dllm_jax.nn import remat
 from dllm_jax.nn.gemma_tree import gemma_tree
 from dllm_jax.nn.head import Head
 from dllm_jax.nn.transformer import Output
@@ -65,9 +66,10 @@ class GemmaConfig:
     pad_id: int = 0
     dtype: str = "float32"  # activations
     param_dtype: str = "float32"
-    remat: bool = False  # recompute each layer in the backward pass instead of storing it
+    remat: str | bool = "none"  # what the backward pass computes again: one of `remat.NAMES`
 
     def __post_init__(self):
+        object.__setattr__(self, "remat", remat.check(self.remat))
         if not self.layer_types or not set(self.layer_types) <= set(KINDS):
             raise ValueError(f"layer_types={self.layer_types} must be of {', '.join(KINDS)}")
         for heads in (self.num_kv_heads, self.full_num_kv_heads):
@@ -239,8 +241,7 @@ def _run(context: _Context, layers: Params, hidden: jax.Array) -> tuple[jax.Arra
         first = {kind: repeat * period.count(kind) for kind in config.kinds}
         for kind, count in runs:
             one = partial(_layer, context, kind, layers[kind])
-            if config.remat:
-                one = jax.checkpoint(one, prevent_cse=False)
+            one = remat.rematerialised(one, config.remat)
             hidden, kv = jax.lax.scan(one, hidden, first[kind] + jnp.arange(count))
             found[kind].append(kv)
             first[kind] += count
