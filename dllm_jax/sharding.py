@@ -13,7 +13,7 @@ import math
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 Axis = str | tuple[str, ...] | None
 """Where a logical axis goes: one mesh axis, several (split over all of them), or none (whole)."""
@@ -69,7 +69,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=used)
 
 
-def shardings(axes: Any, mesh: Mesh, rules: Rules = FSDP_TENSOR, *, shapes: Any = None) -> Any:
+def shardings(
+    axes: Any, mesh: Mesh | AbstractMesh, rules: Rules = FSDP_TENSOR, *, shapes: Any = None
+) -> Any:
     """The tree of `NamedSharding`s for a tree of logical axes.
 
     Args:

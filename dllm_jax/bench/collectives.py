@@ -1,6 +1,6 @@
 """What the chips of a compiled program tell each other, by its own text.
 
-    for found in collectives(compiled.as_text()): print(found.kind, found.total, found.text)
+for found in collectives(compiled.as_text()): print(found.kind, found.total, found.text)
 """
 
 import math

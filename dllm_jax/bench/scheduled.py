@@ -14,6 +14,7 @@ BITS = {
     "f8e4m3fn": 8, "f8e5m2": 8, "c64": 64,
 }  # fmt: skip
 
+
 class Array(NamedTuple):
     """A type as the text has it."""
 

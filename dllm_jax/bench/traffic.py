@@ -98,12 +98,12 @@ def _bytes(program: Program, run: Run, reads: Mapping[str, int]) -> int:
         )
     if x.kind == "fusion":
         body = program.computations[called(x, "calls")]
-        reads = sum(
+        read = sum(
             _read(program, body, at)
             for at, operand in enumerate(operands)
             if operand.arrays[0].in_hbm
         )
-        return reads + _written(x, body)
+        return read + _written(x, body)
     return sum(_in_hbm(operand.arrays) for operand in operands) + _in_hbm(x.arrays)
 
 

@@ -313,7 +313,7 @@ class Plan(Command):
     """
 
     model: Annotated[str, _word("MODEL")]
-    """An architecture by its name (llada-8b, llada2-flash-100b, ...), a named model, or a folder."""
+    """An architecture (llada-8b, llada2-flash-100b, ...), a named model, or a folder."""
 
     topology: Annotated[str, _word("CHIP:SHAPE")]
     """As in v5e:16x16, v6e:2x4, v5p:4x8x8, h100:8."""

@@ -17,7 +17,7 @@ from dllm_jax.plan.architectures import NAMED, Architecture
 from dllm_jax.plan.compiled import Compiled, Exchange, TooLarge, compile_program
 from dllm_jax.plan.estimate import memory_of, work_of
 from dllm_jax.plan.programs import program
-from dllm_jax.plan.setting import MODES, Setting, setting
+from dllm_jax.plan.setting import MODES, setting
 from dllm_jax.plan.topology import Topology, default_layout, layout, mesh_of, topology
 from dllm_jax.testing.aot import has_compiler
 
@@ -137,9 +137,11 @@ def plan(
             reason, fits = f"the compiler refuses: {error}", False
     # What the compiler holds beyond the closed form is taken to grow as that does.
     extra = compiled.peak / sum(memory.values()) if compiled else 1.0
-    held = lambda **more: extra * sum(  # noqa: E731
-        memory_of(dataclasses.replace(asked, **more), sizes, cache_dtype).values()
-    )
+
+    def held(batch: int = batch, context: int = context) -> float:
+        changed = dataclasses.replace(asked, batch=batch, context=context)
+        return extra * sum(memory_of(changed, sizes, cache_dtype).values())
+
     work = work_of(asked, sizes)
     step = math.prod(sizes[axis] for axis in ("data", "fsdp", "expert"))
     return Plan(

@@ -39,6 +39,7 @@ class Architecture(NamedTuple):
 
     config: AnyConfig
     recipe: str  # a name of `recipes.TABLE`
+    block: int | None = None  # of the recipe, where it is not the recipe's own
     tokens_per_forward: float = 1.0  # reported for the recipe; 1 where none is
 
 
@@ -89,17 +90,18 @@ NAMED: dict[str, Architecture] = {
             mask_id=151_669, eos_ids=(151_643,), pad_id=151_643, max_length=32_768,
         ),
         "sdar",
+        32,
         32 / 15.0,  # 15.0 entries a token in blocks of 32 (FOCUS, arXiv 2601.23278)
     ),
     # 2.60 and 3.08: means over the benchmarks of LLaDA2.0 in the report of 2.1 (arXiv 2602.08676).
-    "llada2-mini-16b": Architecture(_LLADA2_MINI, "llada2", 2.60),
+    "llada2-mini-16b": Architecture(_LLADA2_MINI, "llada2", tokens_per_forward=2.60),
     "llada2-flash-100b": Architecture(
         dataclasses.replace(
             _LLADA2_MINI, num_layers=32, dim=4096, num_heads=32, ffn_dim=9216,
             moe=dataclasses.replace(_LLADA2_MOE, ffn_dim=1024, shared_ffn_dim=1024),
         ),
         "llada2",
-        3.08,
+        tokens_per_forward=3.08,
     ),
     "diffusion-gemma-26b": Architecture(
         GemmaConfig(
@@ -109,7 +111,7 @@ NAMED: dict[str, Architecture] = {
             full_head_dim=512, full_num_kv_heads=2,
         ),
         "diffusion_gemma",
-        19.7,  # its report, arXiv 2608.00146
+        tokens_per_forward=19.7,  # its report, arXiv 2608.00146
     ),
     "smollm2-135m": Architecture(
         TransformerConfig(
@@ -118,7 +120,7 @@ NAMED: dict[str, Architecture] = {
             mask_id=49_152, adapter=AdapterConfig(rank=16),
         ),
         "self_speculative",
-        1.42,  # of the adapter that ships, width 2 (its model card)
+        tokens_per_forward=1.42,  # of the adapter that ships, width 2 (its model card)
     ),
 }  # fmt: skip
 """By name."""

@@ -47,16 +47,15 @@ def compile_program(planned: Planned, mesh: Mesh, *, effort: str = "low") -> Com
       TooLarge: the program does not fit, in the compiler's words.
     """
     start = time.monotonic()
-    names = list(planned.arguments)
-    donated = [names.index(planned.donated)] if planned.donated else []
-    # The like of what is donated lies where that does: it is written in its place.
-    places = None
-    if planned.donated:
-        where = jax.tree.map(lambda x: x.sharding, planned.arguments[planned.donated])
-        shapes = _shapes(planned, mesh)
-        alone = jax.tree.structure(shapes) == jax.tree.structure(where)
-        places = where if alone else (where, None)
-    function = jax.jit(planned.function, donate_argnums=donated, out_shardings=places)
+    names, places = list(planned.arguments), None
+    if planned.donated:  # its like lies where it does: it is written in its place
+        places = [x.sharding for name in planned.donated for x in planned.arguments[name]]
+        places = places if planned.alone else (places, None)
+    function = jax.jit(
+        planned.function,
+        donate_argnums=tuple(names.index(name) for name in planned.donated),
+        out_shardings=places,
+    )
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = function.trace(*planned.arguments.values()).lower(lowering_platforms=("tpu",))
     try:
@@ -87,11 +86,6 @@ def size_of(tree: Any) -> int:
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
-
-
-def _shapes(planned: Planned, mesh: Mesh) -> Any:
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.eval_shape(planned.function, *planned.arguments.values())
 
 
 def _options(effort: str) -> dict[str, Any]:

@@ -1,13 +1,12 @@
 """The programs that are planned: those that run, with the shapes and places of their arguments.
 
-    decode   one denoising step (or one step of verification) on its state, which is donated
-    prefill  the state from a prompt, and the first step, which rides on it
-    train    one step of `training` on the dual stream: AdamW, every layer computed again
+decode   one denoising step (or one step of verification) on its state, which is donated
+prefill  the state from a prompt, and the first step, which rides on it
+train    one step of `training` on the dual stream: AdamW, every layer computed again
 """
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from jax.sharding import Mesh
 from dllm_jax import training
 from dllm_jax.corruption import MaskedBlocks
 from dllm_jax.decode import denoise, verify
-from dllm_jax.decode.prompt import BUCKET, Prompt, edge
+from dllm_jax.decode.prompt import BUCKET, Job, Prompt, edge
 from dllm_jax.decode.start import initial
 from dllm_jax.losses import DualStream
 from dllm_jax.nn.tree import param_axes, param_shapes
@@ -31,11 +30,15 @@ RULES = Rules(
 
 
 class Planned(NamedTuple):
-    """A function, its arguments by role, and which of them it gives back changed."""
+    """A function, its arguments by role, and which of them it gives back changed.
+
+    Arguments are flat: lists of arrays, which the function puts together.
+    """
 
     function: Callable[..., Any]
-    arguments: dict[str, Any]  # trees of `jax.ShapeDtypeStruct`s that know their places
-    donated: str | None  # an argument, whose like is the first result
+    arguments: dict[str, list[Any]]  # `jax.ShapeDtypeStruct`s that know their places
+    donated: tuple[str, ...] = ()  # arguments whose like is what the function returns,
+    alone: bool = True  # and nothing else; or the first of two results
 
 
 def program(setting: Setting, mesh: Mesh) -> Planned:
@@ -48,93 +51,142 @@ def program(setting: Setting, mesh: Mesh) -> Planned:
 
 
 def _decode(setting: Setting, mesh: Mesh) -> Planned:
-    model, place = setting.config.build(), partial(_placed, setting, mesh)
-    job = _job(setting)
-    state = place(jax.eval_shape(lambda job: _initial(model, job, setting.context), job))
+    model: Any = setting.config.build()
+    params, job = _params(setting, mesh), _job(setting, mesh)
+    state = _flat(
+        setting, mesh, lambda: _initial(model, Job._make((*job.zeros(), setting.context)))
+    )
 
-    def step(params, job, state):
-        if isinstance(job.recipe, Verified):
-            return verify.step(model, params, job.recipe, job.keys, state)
-        wide = not denoise.two_kinds(job.recipe)
-        return denoise.step(
-            model, params, job.recipe, job.keys, state, ~state.finished, wide=wide
-        )
+    def step(*flat):
+        own, given, now = (x.whole(y) for x, y in zip((params, job, state), flat, strict=True))
+        call = Job._make((*given, setting.context))
+        recipe = call.recipe
+        if isinstance(recipe, Verified):
+            new = verify.step(model, own, recipe, call.keys, now)
+        else:
+            wide = not denoise.two_kinds(recipe)
+            new = denoise.step(model, own, recipe, call.keys, now, ~now.finished, wide=wide)
+        return jax.tree.leaves(new)
 
-    arguments = {"params": _params(setting, mesh), "job": place(job), "state": state}
-    return Planned(step, arguments, "state")
+    return Planned(step, {"params": params.leaves, "job": job.leaves, "state": state.leaves},
+                   ("state",))  # fmt: skip
 
 
 def _prefill(setting: Setting, mesh: Mesh) -> Planned:
-    model, job = setting.config.build(), _job(setting)
+    model: Any = setting.config.build()
+    params, job = _params(setting, mesh), _job(setting, mesh)
 
-    def first(params, job):
-        state = _initial(model, job, setting.context)
-        if isinstance(job.recipe, Verified):
-            width = job.prompt.tokens.shape[1]
-            return verify.first_steps(model, params, job.recipe, job.keys, state, width)
-        if job.recipe.cache in ("none", "prefix", "dual"):
+    def first(*flat):
+        own, given = (x.whole(y) for x, y in zip((params, job), flat, strict=True))
+        call = Job._make((*given, setting.context))
+        state, recipe = _initial(model, call), call.recipe
+        width = call.prompt.tokens.shape[1]
+        if isinstance(recipe, Verified):
+            new = verify.first_steps(model, own, recipe, call.keys, state, width)
+        elif recipe.cache in ("none", "prefix", "dual"):
             rows = ~state.finished
-            return denoise.step(model, params, job.recipe, job.keys, state, rows, wide=True)
-        width = job.prompt.tokens.shape[1]
-        return denoise.first_steps(model, params, job.recipe, job.keys, state, width)
+            new = denoise.step(model, own, recipe, call.keys, state, rows, wide=True)
+        else:
+            new = denoise.first_steps(model, own, recipe, call.keys, state, width)
+        return jax.tree.leaves(new)
 
-    arguments = {"params": _params(setting, mesh), "job": _placed(setting, mesh, job)}
-    return Planned(first, arguments, None)
+    return Planned(first, {"params": params.leaves, "job": job.leaves})
 
 
 def _train(setting: Setting, mesh: Mesh) -> Planned:
-    config, place = setting.config, partial(_placed, setting, mesh)
-    model, params = config.build(), _params(setting, mesh)
-    names = ("adapter",) if getattr(config, "adapter", None) else tuple(params)
-    trainable = {name: params.pop(name) for name in names}
+    config = setting.config
+    shapes, model = param_shapes(config), cast(Any, config.build())
+    names = ("adapter",) if getattr(config, "adapter", None) else tuple(shapes)
+    rest = tuple(name for name in shapes if name not in names)
     tx = training.Optimiser().build(1000)
-    opt_state = _like(trainable, jax.eval_shape(tx.init, trainable), place)
-    state = training.TrainState(place(jax.ShapeDtypeStruct((), jnp.int32)), trainable, opt_state)
-    step = training.make_train_step(model, objective(setting), tx)
+    trainable, frozen = (_params(setting, mesh, own) for own in (names, rest))
+    moments = _like(setting, mesh, trainable, tx)
+    run = training.make_train_step(model, objective(setting), tx)
     rows, numbers = (setting.batch, setting.context), (setting.batch,)
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, jnp.int32)
-        for name, shape in (("tokens", rows), ("lengths", numbers), ("prompts", numbers))
-    }
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    arguments = {"state": state, "params": params, "batch": place(batch), "key": place(key)}
-    return Planned(step, arguments, "state")
+    kinds = {"tokens": rows, "lengths": numbers, "prompts": numbers}
+    batch = _flat(
+        setting, mesh, lambda: {name: jnp.zeros(x, jnp.int32) for name, x in kinds.items()}
+    )
+    key = _flat(setting, mesh, lambda: (jnp.int32(0), jax.random.key(0)))
+
+    def step(trained, moved, given, data, drawn):
+        at, noise = key.whole(drawn)
+        state = training.TrainState(at, trainable.whole(trained), moments.whole(moved))
+        state, figures = run(state, frozen.whole(given), batch.whole(data), noise)
+        return jax.tree.leaves((state.trainable, state.opt_state)), (state.step, figures)
+
+    arguments = {
+        "trained": trainable.leaves, "optimiser": moments.leaves, "frozen": frozen.leaves,
+        "batch": batch.leaves, "key": key.leaves,
+    }  # fmt: skip
+    return Planned(step, arguments, ("trained", "optimiser"), alone=False)
 
 
 def objective(setting: Setting) -> DualStream:
-    """The dual stream of a setting: every position is noisy once; with an adapter, as it ships."""
+    """The dual stream of a setting, in which every position is noisy once."""
     noise = MaskedBlocks(block_size=setting.block, blocks=-(-setting.context // setting.block))
     return DualStream(noise=noise)
 
 
-def _like(trainable: Any, opt_state: Any, place: Callable[[Any], Any]) -> Any:
-    """The optimiser's state with its moments where the parameters are."""
-    tree = jax.tree.structure(trainable)
-    is_moment = lambda node: jax.tree.structure(node) == tree  # noqa: E731
+class Flat(NamedTuple):
+    """The arrays of a tree, and how it is put together.
 
-    def one(node):
-        if not is_moment(node):
-            return place(node)
-        return jax.tree.map(
-            lambda own, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own.sharding),
-            trainable, node,
-        )  # fmt: skip
+    Trees of shapes are no trees of arrays, which is what the classes of ours are said to hold.
+    """
 
-    return jax.tree.map(one, opt_state, is_leaf=is_moment)
+    leaves: list[Any]
+    tree: Any
+
+    def whole(self, leaves: Any) -> Any:
+        """The tree with other leaves."""
+        return jax.tree.unflatten(self.tree, leaves)
+
+    def zeros(self) -> Any:
+        """The tree with arrays of zeros, for a trace."""
+        return self.whole([jnp.zeros(x.shape, x.dtype) for x in self.leaves])
 
 
-def _params(setting: Setting, mesh: Mesh) -> Any:
+def _params(setting: Setting, mesh: Mesh, names: tuple[str, ...] | None = None) -> Flat:
+    """Those parameters (all by default) where the rules place them."""
     shapes = param_shapes(setting.config)
     places = shardings(param_axes(setting.config), mesh, RULES, shapes=shapes)
-    return jax.tree.map(
-        lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own), shapes, places
+    own = tuple(shapes) if names is None else names
+    pairs = ({name: tree[name] for name in own} for tree in (shapes, places))
+    placed = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), *pairs
     )
+    return Flat(*jax.tree.flatten(placed))
 
 
-def _placed(setting: Setting, mesh: Mesh, tree: Any) -> Any:
-    """Rows over the axes of the batch, a cache's heads over `tensor`, everything else whole."""
+def _like(setting: Setting, mesh: Mesh, trainable: Flat, tx: Any) -> Flat:
+    """The optimiser's state, its moments where the parameters are."""
+    flat = _flat(setting, mesh, lambda: tx.init(trainable.zeros()))
+    is_moment = lambda node: jax.tree.structure(node) == trainable.tree  # noqa: E731
+    nodes = jax.tree.leaves(flat.whole(flat.leaves), is_leaf=is_moment)
+    leaves = []
+    for node in nodes:
+        own = jax.tree.leaves(node)
+        places = [x.sharding for x in (trainable.leaves if is_moment(node) else own)]
+        leaves += [
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+            for x, place in zip(own, places, strict=True)
+        ]
+    return Flat(leaves, flat.tree)
 
-    def one(x):
+
+def _flat(setting: Setting, mesh: Mesh, make: Callable[[], Any]) -> Flat:
+    """What is made, in shapes: rows over the axes of the batch, the heads of a cache over theirs.
+
+    Everything else is whole.
+    """
+    trees = []
+
+    def made():
+        leaves, tree = jax.tree.flatten(make())
+        trees.append(tree)
+        return leaves
+
+    def place(x):
         names: list[str | None] = [None] * x.ndim
         if x.ndim >= 5:
             names[1:3] = "batch", "kv_heads"
@@ -143,26 +195,25 @@ def _placed(setting: Setting, mesh: Mesh, tree: Any) -> Any:
         spec = shardings(tuple(names), mesh, RULES, shapes=x)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spec)
 
-    return jax.tree.map(one, tree)
+    leaves = [place(x) for x in jax.eval_shape(made)]
+    return Flat(leaves, trees[0])
 
 
-def _job(setting: Setting):
-    """A checked call of `generate`: a prompt that leaves room for a block or a bucket."""
-    size = getattr(getattr(setting.recipe, "width", None), "size", 0) or 1
+def _job(setting: Setting, mesh: Mesh) -> Flat:
+    """A `Job` but for its size: a checked prompt that leaves room for a block or a bucket."""
+    size = getattr(setting.recipe.width, "size", 0) or 1
     width = setting.context - -(-size // BUCKET) * BUCKET
     if width < 1:
         raise ValueError(f"context {setting.context} has no room for a block of {size}")
-    shape = (setting.batch, width)
+    shape, budget = (setting.batch, width), setting.context - width
 
     def call():
         prompt = Prompt(jnp.zeros(shape, jnp.int32), jnp.full(setting.batch, width, jnp.int32))
         key = jax.random.key(0) if setting.draws else None
-        return edge(
-            setting.config.build(), prompt, setting.recipe, setting.context - width, key
-        )._replace(size=None)  # a number, which every program has in its own text
+        return edge(setting.config.build(), prompt, setting.recipe, budget, key)[:-1]
 
-    return jax.eval_shape(call)
+    return _flat(setting, mesh, call)
 
 
-def _initial(model, job, size: int):
-    return initial(model, job.prompt, job.recipe, job.budget, job.keys, size)
+def _initial(model, job: Job):
+    return initial(model, job.prompt, job.recipe, job.budget, job.keys, job.size)

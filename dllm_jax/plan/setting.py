@@ -64,6 +64,8 @@ def setting(
     own = architecture(model)
     name = recipe or own.recipe
     options: dict[str, int] = {}
+    if recipe in (None, own.recipe):
+        block = block or own.block
     if block is not None:
         known = [option for option in _WIDTHS if option in recipes.options_of(name)]
         if not known:

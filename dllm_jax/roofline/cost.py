@@ -85,9 +85,9 @@ def train_work(config: Any, layout: Mapping[str, int], *, batch: int, length: in
     """
     clean = Pass(batch, length, 0, length * length / 2, 0)
     noisy = Pass(batch, length, length / 2, length * block, length)
-    total = Work(0, 0, 0)
+    total = Work(0.0, 0.0, 0.0)
     for stream in (clean, noisy):
-        total += forward_work(config, layout, stream).times(4, 3, 3)
+        total += forward_work(config, layout, stream).times(4.0, 3.0, 3.0)
     held = sum(p.held for p in parts(config, layout))
     item = jnp.dtype(config.param_dtype).itemsize
     gathered = sum(p.used for p in parts(config, layout)) * item

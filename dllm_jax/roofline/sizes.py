@@ -1,5 +1,6 @@
 """How large a model is, and its part on one device of a mesh: parameters, cache, by its tree."""
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -66,6 +67,12 @@ def parameters(config: Any) -> Parameters:
 
 def parts(config: Any, layout: Mapping[str, int]) -> list[Part]:
     """Every parameter, as one device of a layout has it."""
+    return _parts(config, tuple(layout.get(axis, 1) for axis in AXES))
+
+
+@functools.lru_cache(maxsize=64)  # a plan asks for one layout at many sizes
+def _parts(config: Any, sizes: tuple[int, ...]) -> list[Part]:
+    layout = dict(zip(AXES, sizes, strict=True))
     held, used = (_local(config, _mesh(layout, axes)) for axes in (AXES, ("expert", "tensor")))
     found = []
     for (keys, entry), own, computed in zip(_entries(config), held, used, strict=True):

@@ -76,6 +76,9 @@ def tpu_topology(name: str, **options: Any):
     # Before the compiler is loaded: nobody asks a cloud's metadata server, or for a lock.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # Nor are they missed aloud: what they say is of the machine, not of the topology.
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     return topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
 
 
