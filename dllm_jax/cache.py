@@ -15,6 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dllm_jax.sharding import axis_sizes, constrain, mapped, spec_of
+
+AXES = (None, "batch", "kv_heads")  # logical names of the axes of the array; slots are whole
 _UNROLL = 64  # rows; a loop over more of them compiles faster than so many updates
 
 
@@ -41,7 +44,7 @@ def allocate(
     TPU's kernel reads whole registers.
     """
     half = head_dim if head_dim < 64 else -(-head_dim // 64) * 64
-    kv = jnp.zeros((layers, batch, kv_heads, slots, 2 * half), dtype)
+    kv = constrain(jnp.zeros((layers, batch, kv_heads, slots, 2 * half), dtype), *AXES)
     return KVCache(kv, jnp.zeros(batch, jnp.int32))
 
 
@@ -55,7 +58,7 @@ def append(cache: KVCache, kv: Any, counts: Int[Array, "B"]) -> KVCache:
     needs `Q` slots behind its length, and `lax.dynamic_update_slice` would shift a write that
     overruns it.
     """
-    packed = jax.tree.map(lambda own, new: _write(own, new, cache.lengths), cache.kv, kv)
+    packed = jax.tree.map(lambda own, new: _written(own, new, cache.lengths), cache.kv, kv)
     return KVCache(packed, cache.lengths + counts.astype(jnp.int32))
 
 
@@ -77,6 +80,14 @@ def _laid(kv, packed):
         return kv
     halves = kv.reshape(*kv.shape[:4], 2, -1)
     return jnp.pad(halves, ((0, 0),) * 5 + ((0, padding),)).reshape(*kv.shape[:4], -1)
+
+
+def _written(packed, kv, starts):
+    """`_write`, of each device's own rows and heads where they lie on a mesh: nothing travels."""
+    if not axis_sizes():
+        return _write(packed, kv, starts)
+    lie = spec_of(packed.shape, *AXES)
+    return mapped(_write, (lie, lie, spec_of(starts.shape, "batch")), lie)(packed, kv, starts)
 
 
 def _write(

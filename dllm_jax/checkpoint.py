@@ -34,7 +34,7 @@ from dllm_jax.models.peft import is_peft, read_peft, with_peft
 from dllm_jax.models.tensors import leaves
 from dllm_jax.nn.transformer import TransformerConfig
 from dllm_jax.nn.tree import param_axes, param_shapes
-from dllm_jax.sharding import FSDP_TENSOR, Rules, shardings
+from dllm_jax.sharding import EVERY, Rules, shardings
 from dllm_jax.sources import Damaged
 from dllm_jax.tokenizer import Tokenizer
 from dllm_jax.typing import Params
@@ -67,7 +67,7 @@ def load(
         is a `dataclasses.replace(model.config, dtype=...)` away.
       mesh: where to put the parameters; the mesh of `jax.set_mesh` by default, else the default
         device.
-      rules: how they lie on the mesh; `sharding.FSDP_TENSOR` by default.
+      rules: how they lie on the mesh; `sharding.EVERY` by default.
       adapter: "auto" attaches the adapter that ships for a named model, or that is part of a folder
         of ours; None attaches none; a path attaches the adapter in that folder.
       merge: an adapter of PEFT (adapter_config.json) is merged into the weights of the published
@@ -233,7 +233,7 @@ class _Placement:
         if mesh.empty:
             single = jnp.zeros(()).sharding
             return jax.tree.map(lambda _: single, shapes)
-        return shardings(param_axes(config), mesh, self.rules or FSDP_TENSOR, shapes=shapes)
+        return shardings(param_axes(config), mesh, self.rules or EVERY, shapes=shapes)
 
     def targets(self, config: Any, dtypes: Any) -> Any:
         """The tree of what Orbax is to restore."""

@@ -8,6 +8,7 @@ reads its cache.
 """
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from dllm_jax.cache import KVCache
 from dllm_jax.corruption import MaskedBlocks
 from dllm_jax.nn.head import cross_entropy_of
 from dllm_jax.nn.transformer import Transformer, forward
+from dllm_jax.sharding import automatic, placed
 from dllm_jax.typing import Key, Params
 from pallas_kernels import BlockMask
 
@@ -45,9 +47,13 @@ class DualStream:
           ... by place in the block, and `accepted`, the expected number of drafts that a greedy
           check would pass.
         """
-        tokens, lengths, mask_id = batch["tokens"], batch["lengths"], model.config.mask_id
-        if mask_id is None:
+        if model.config.mask_id is None:
             raise ValueError("the model has no mask token to train; set mask_id in its config")
+        run = partial(self._loss, model, model.config.mask_id)
+        return automatic(run, placed(), params, batch, key)
+
+    def _loss(self, model: Transformer, mask_id: int, params: Params, batch, key: Key):
+        tokens, lengths = batch["tokens"], batch["lengths"]
         clean = forward(model, params, tokens, lengths=lengths, canvas=False)
         noisy = self.noise.draw(key, tokens, lengths, batch["prompts"], mask_id)
         out = forward(
