@@ -227,19 +227,23 @@ def automatic(run: Callable[..., Any], place: Place, *args: Any) -> Any:
     """
     if not jax.sharding.get_abstract_mesh().explicit_axes:
         return run(*args)
-    paths, tree = [], None
+    leaves, tree = jax.tree.flatten(args)  # a class may refuse specifications in its fields
+    paths: list[str] = []
+    outer: Any = None
 
-    def flat(*args: Any) -> list[jax.Array]:
-        nonlocal paths, tree
-        found, tree = jax.tree.flatten_with_path(run(*args))
+    def flat(leaves: list[jax.Array]) -> list[jax.Array]:
+        nonlocal paths, outer
+        found, outer = jax.tree.flatten_with_path(run(*jax.tree.unflatten(tree, leaves)))
         paths = [jax.tree_util.keystr(path) for path, _ in found]
         return [leaf for _, leaf in found]
 
-    shapes = jax.eval_shape(jax.sharding.auto_axes(flat, out_sharding=spec()), *args)
+    def on_auto(out_sharding: Any) -> Callable[..., Any]:
+        return jax.sharding.auto_axes(flat, out_sharding=out_sharding)
+
+    shapes = jax.eval_shape(on_auto(spec()), leaves)
     with jax.sharding.use_abstract_mesh(_as_auto()):
         specs = [place(path, x.shape) for path, x in zip(paths, shapes, strict=True)]
-    leaves = jax.sharding.auto_axes(flat, out_sharding=specs)(*args)
-    return jax.tree.unflatten(tree, leaves)
+    return jax.tree.unflatten(outer, on_auto(specs)(leaves))
 
 
 def placed(*names: str | None) -> Place:

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dllm_jax import losses, sharding
-from dllm_jax.cache import allocate, append
+from dllm_jax import losses, recipes, sharding
+from dllm_jax.cache import KVCache, allocate, append
 from dllm_jax.corruption import MaskedBlocks
+from dllm_jax.decode import generate as decode
 from dllm_jax.decode.generate import generate, infill, stream
 from dllm_jax.decode.state import result
 from dllm_jax.likelihood import bound, log_likelihood
@@ -310,13 +311,34 @@ def collectives(text):
 
 
 def test_nothing_travels_for_an_append():
-    def run(cache, kv, counts):
-        return append(cache, kv, counts)
+    def run(kv, lengths, more, counts):
+        cache = append(KVCache(kv, lengths), more, counts)
+        return cache.kv, cache.lengths
 
     mesh = make_mesh(data=2, context=2, tensor=2)
     with jax.set_mesh(mesh):
         cache = jax.jit(lambda: allocate(2, 4, 2, 32, 8))()
-        kv = jnp.ones((2, 4, 2, 3, 16))
-        text = jax.jit(run, donate_argnums=0).lower(cache, kv, jnp.arange(4)).compile().as_text()
         assert cache.kv.addressable_shards[0].data.shape == (2, 2, 1, 32, 16)
-    assert collectives(text) == []
+        arrays = cache.kv, cache.lengths, jnp.ones((2, 4, 2, 3, 16)), jnp.arange(4)
+        program = jax.jit(run, donate_argnums=0).lower(*arrays).compile()
+    assert collectives(program.as_text()) == []
+    assert program.memory_analysis().alias_size_in_bytes == cache.kv.nbytes // 4
+
+
+@pytest.mark.parametrize("name", ["ar", "sdar"])
+def test_what_travels_in_a_step(name, optimised):
+    """Of a model whose weights are split over "tensor" alone, as one reads them that serves."""
+    model, params = model_of(SYSTEMS[name].model)
+    recipe = dataclasses.replace(SYSTEMS[name].recipe, sampling=recipes.ar().sampling)
+    mesh = make_mesh(data=1, tensor=2)
+    with jax.set_mesh(mesh):
+        far = on(mesh, model, params)
+        state = next(stream(model, far, prompts(2, 20), recipe=recipe, max_new_tokens=8))
+        leaves, tree = jax.tree.flatten(state)  # a state is of arrays alone
+
+        def step(params, leaves):
+            state = jax.tree.unflatten(tree, leaves)
+            return jax.tree.leaves(decode._step(model, params, recipe, None, state))
+
+        text = jax.jit(step).lower(far, leaves).compile().as_text()
+    print(collectives(text))
