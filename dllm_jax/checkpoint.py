@@ -77,7 +77,7 @@ def load(
         is a `dataclasses.replace(model.config, dtype=...)` away.
       mesh: where to put the parameters; the mesh of `jax.set_mesh` by default, else the default
         device.
-      rules: how they lie on the mesh; `sharding.FSDP_TENSOR` by default.
+      rules: how they lie on the mesh; `sharding.EVERY` by default.
       adapter: "auto" attaches the adapter that ships for a named model, or that is part of a folder
         of ours; None attaches none; a path attaches the adapter in that folder.
       merge: an adapter of PEFT (adapter_config.json) is merged into the weights of the published

@@ -6,10 +6,11 @@ import jax.numpy as jnp
 from dllm_jax.cache import KVCache
 from dllm_jax.decode import passes
 from dllm_jax.decode.prompt import Prompt
-from dllm_jax.decode.state import RUNNING, DecodeState
+from dllm_jax.decode.state import RUNNING, DecodeState, lies
 from dllm_jax.ops.sampling import uniform
 from dllm_jax.policies import ReNoise, Sliding
 from dllm_jax.recipes import Denoise, Recipe, Verified
+from dllm_jax.sharding import laid_out
 
 _FIRST_NOISE = 5  # stream of noise
 
@@ -80,7 +81,7 @@ def initial(
         "forced": jnp.zeros((batch, 0), jnp.int32),
         "drafts": jnp.zeros((batch, 0), jnp.int32),
     }
-    return DecodeState(
+    state = DecodeState(
         tokens=tokens,
         free=free,
         open=free,
@@ -104,6 +105,7 @@ def initial(
         pad_id=config.pad_id,
         **{**empty, **parts},
     )
+    return laid_out(state, lies)
 
 
 def _canvas(recipe: Recipe, first, limit) -> tuple[jax.Array, jax.Array, int]:

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dllm_jax.nn.tree import param_axes, param_shapes
-from dllm_jax.sharding import FSDP_TENSOR, Rules, shardings
+from dllm_jax.sharding import EVERY, Rules, shardings
 from dllm_jax.typing import Params
 
 PIECE = 1 << 27
@@ -37,7 +37,7 @@ class Placement:
         if mesh.empty:
             single = jnp.zeros(()).sharding
             return jax.tree.map(lambda _: single, shapes)
-        return shardings(param_axes(config), mesh, self.rules or FSDP_TENSOR, shapes=shapes)
+        return shardings(param_axes(config), mesh, self.rules or EVERY, shapes=shapes)
 
     def targets(self, config: Any, dtypes: Any) -> Any:
         """The tree of what Orbax is to restore."""

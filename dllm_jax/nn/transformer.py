@@ -18,17 +18,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dllm_jax.cache import KVCache, allocate
+from dllm_jax.cache import AXES, KVCache, allocate
 from dllm_jax.nn import remat
 from dllm_jax.nn.adapters import AdapterConfig, low_rank
 from dllm_jax.nn.head import Head
 from dllm_jax.nn.transformer_tree import transformer_tree
 from dllm_jax.nn.tree import init, param_shapes
+from dllm_jax.ops.attention import attention
+from dllm_jax.ops.embedding import lookup
 from dllm_jax.ops.moe import MoEConfig, Stack, experts, route
 from dllm_jax.ops.norm import rms_norm
 from dllm_jax.ops.rope import RopeScaling, rope_angles, rotate
+from dllm_jax.sharding import automatic, constrain, spec_of
 from dllm_jax.typing import Params
-from pallas_kernels import BlockMask, block_attention
+from pallas_kernels import BlockMask
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,11 +135,23 @@ class Output(NamedTuple):
     kv: Any  # [Ly, B, K, Q, 2 * H]: the entries' own keys and values, ready for `cache.append`
 
 
+_TREES = (jax.Array, KVCache, tuple)  # what is traced among the options of a pass
+
+
 def forward(model: nn.Module, params: Params, tokens: Int[Array, "B Q"], **options: Any) -> Output:
     """One forward pass of any of our modules; `options` are those of its `__call__`."""
-    out = model.apply({"params": params}, tokens, **options)
-    assert isinstance(out, Output)
-    return out
+    arrays = {name: x for name, x in options.items() if isinstance(x, _TREES)}
+    static = {name: x for name, x in options.items() if name not in arrays}
+
+    def run(params, tokens, arrays):
+        out = model.apply({"params": params}, tokens, **arrays, **static)
+        assert isinstance(out, Output)
+        return out
+
+    def place(path, shape):
+        return spec_of(shape, *(AXES if ".kv" in path else ("batch", "length")))
+
+    return automatic(run, place, params, tokens, arrays)
 
 
 class Transformer(nn.Module):
@@ -199,7 +214,8 @@ class Transformer(nn.Module):
         context = _Context(config, mask, angles, adapter, gate, cache, cache_end, hole, lengths)
         hidden = embed(tree, config, tokens, gate)
         hidden, kv = _run(context, tree, hidden, frozen_layers)
-        return Output(rms_norm(hidden, tree["final_norm"], config.norm_eps), kv)
+        hidden = rms_norm(hidden, tree["final_norm"], config.norm_eps)
+        return Output(constrain(hidden, "batch", "length"), kv)
 
     def head(self) -> Head:
         """The output projection."""
@@ -218,11 +234,11 @@ def embed(
     gate: Bool[Array, "B Q"] | None,
 ) -> Float[Array, "B Q D"]:
     """Token embeddings; a mask token's, where the gate is open, is the adapter's."""
-    hidden = jnp.take(tree["embed"], tokens, axis=0, mode="clip").astype(config.dtype)
+    hidden = lookup(tree["embed"], tokens).astype(config.dtype)
     if gate is not None:
         own = tree["adapter"]["mask_embedding"].astype(config.dtype)
         hidden = jnp.where(gate[..., None], own, hidden)
-    return hidden
+    return constrain(hidden, "batch", "length")
 
 
 class _Context(NamedTuple):
@@ -303,12 +319,13 @@ def _layer(
     cached: dict[str, Any] = {}
     if context.cache is not None:
         cached = context.cache.layer(number)
-    mixed = block_attention(
+    mixed = attention(
         q, k, v, context.mask, **cached, cache_end=context.cache_end, hole=context.hole,
         lengths=context.lengths,
     )  # fmt: skip
     mixed = mixed.reshape(*mixed.shape[:2], -1)
     hidden = hidden + project(mixed, p["o"].reshape(-1, config.dim), "o", "bqi,id->bqd")
+    hidden = constrain(hidden, "batch", "length")
     p = base["mlp"]
     x = rms_norm(hidden, p["norm"], config.norm_eps)
     if config.moe and "router" in p:
@@ -317,6 +334,7 @@ def _layer(
         gated = nn.silu(project(x, p["gate"], "gate", "bqd,df->bqf"))
         gated = gated * project(x, p["up"], "up", "bqd,df->bqf")
         hidden = hidden + project(gated, p["down"], "down", "bqf,fd->bqd")
+    hidden = constrain(hidden, "batch", "length")
     kv = jnp.concatenate([k, v], axis=-1)  # [B, Q, K, 2 * H]
     return hidden, jnp.moveaxis(kv, 1, 2)
 
@@ -328,8 +346,8 @@ def _mixture(config: MoEConfig, p: Params, stack: Stack | None, x: jax.Array) ->
     wide = flat.astype(jnp.float32), p["router"].astype(jnp.float32)
     logits = jnp.einsum("td,de->te", *wide, precision="highest")
     chosen, weights = route(logits, p.get("router_bias"), config)
-    mixed = experts(flat, chosen, weights, p["gate"], p["up"], p["down"], stack=stack)
-    mixed = mixed.reshape(x.shape)
+    chosen, weights = (y.reshape(*x.shape[:-1], -1) for y in (chosen, weights))
+    mixed = experts(x, chosen, weights, p["gate"], p["up"], p["down"], stack=stack)
     if config.shared_ffn_dim:
         gate, up, down = (p[f"shared_{name}"].astype(x.dtype) for name in ("gate", "up", "down"))
         mixed = mixed + (nn.silu(x @ gate) * (x @ up)) @ down

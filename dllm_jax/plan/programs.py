@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from dllm_jax import training
 from dllm_jax.corruption import MaskedBlocks
 from dllm_jax.decode import denoise, verify
-from dllm_jax.decode.prompt import BUCKET, Job, Prompt, edge
+from dllm_jax.decode.prompt import BUCKET, Job, Memory, Prompt, chunk_of, edge
 from dllm_jax.decode.start import initial
 from dllm_jax.losses import DualStream
 from dllm_jax.nn.tree import param_axes, param_shapes
@@ -53,13 +53,11 @@ def program(setting: Setting, mesh: Mesh) -> Planned:
 def _decode(setting: Setting, mesh: Mesh) -> Planned:
     model: Any = setting.config.build()
     params, job = _params(setting, mesh), _job(setting, mesh)
-    state = _flat(
-        setting, mesh, lambda: _initial(model, Job._make((*job.zeros(), setting.context)))
-    )
+    state = _flat(setting, mesh, lambda: _initial(model, _call(setting, job.zeros())))
 
     def step(*flat):
         own, given, now = (x.whole(y) for x, y in zip((params, job, state), flat, strict=True))
-        call = Job._make((*given, setting.context))
+        call = _call(setting, given)
         recipe = call.recipe
         if isinstance(recipe, Verified):
             new = verify.step(model, own, recipe, call.keys, now)
@@ -78,16 +76,18 @@ def _prefill(setting: Setting, mesh: Mesh) -> Planned:
 
     def first(*flat):
         own, given = (x.whole(y) for x, y in zip((params, job), flat, strict=True))
-        call = Job._make((*given, setting.context))
+        call = _call(setting, given)
         state, recipe = _initial(model, call), call.recipe
         width = call.prompt.tokens.shape[1]
         if isinstance(recipe, Verified):
-            new = verify.first_steps(model, own, recipe, call.keys, state, width)
+            new = verify.first_steps(model, own, recipe, call.keys, state, width, call.memory.chunk)
         elif recipe.cache in ("none", "prefix", "dual"):
             rows = ~state.finished
             new = denoise.step(model, own, recipe, call.keys, state, rows, wide=True)
         else:
-            new = denoise.first_steps(model, own, recipe, call.keys, state, width)
+            new = denoise.first_steps(
+                model, own, recipe, call.keys, state, width, call.memory.chunk
+            )
         return jax.tree.leaves(new)
 
     return Planned(first, {"params": params.leaves, "job": job.leaves})
@@ -210,9 +210,15 @@ def _job(setting: Setting, mesh: Mesh) -> Flat:
     def call():
         prompt = Prompt(jnp.zeros(shape, jnp.int32), jnp.full(setting.batch, width, jnp.int32))
         key = jax.random.key(0) if setting.draws else None
-        return edge(setting.config.build(), prompt, setting.recipe, budget, key)[:-1]
+        return edge(setting.config.build(), prompt, setting.recipe, budget, key)[:4]
 
     return _flat(setting, mesh, call)
+
+
+def _call(setting: Setting, given: Any) -> Job:
+    """The job of a prompt as long as the context."""
+    chunk = chunk_of(setting.recipe, setting.config, setting.context, None)
+    return Job._make((*given, setting.context, Memory(chunk)))
 
 
 def _initial(model, job: Job):

@@ -115,9 +115,7 @@ def markdown(report: dict[str, Any], options: Options) -> str:
 
 def parts(rows: list[dict[str, Any]], model: str, options: Options):
     """The rows of a model, against context and against block."""
-    own = sorted(
-        (r for r in rows if r["model"] == model), key=lambda r: (r["context"], r["block"])
-    )
+    own = sorted((r for r in rows if r["model"] == model), key=lambda r: (r["context"], r["block"]))
     against = [r for r in own if r["block"] == options.block and r["context"] in options.contexts]
     yield f"block {options.block}", against
     yield f"context {options.context:,}", [r for r in own if r["context"] == options.context]
