@@ -20,8 +20,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
+from dllm_jax.sharding import axis_sizes, constrain, mapped, spec_of
 from pallas_kernels.block_attention.quantised import quantise
 
+AXES = (None, "batch", "kv_heads")  # logical names of the axes of the array; slots are whole
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 _ROOM = 1.1  # of an int8 cache: the largest number that it holds, over the first ones' largest
 _UNROLL = 64  # rows; a loop over more of them compiles faster than so many updates
@@ -73,13 +75,13 @@ def allocate(
     TPU's kernel reads whole registers.
     """
     half = head_dim if head_dim < 64 else -(-head_dim // 64) * 64
-    kv = jnp.zeros((layers, batch, kv_heads, slots, 2 * half), dtype)
+    kv = constrain(jnp.zeros((layers, batch, kv_heads, slots, 2 * half), dtype), *AXES)
     return KVCache(kv, jnp.zeros(batch, jnp.int32), scales(kv))
 
 
 def scales(kv: Num[Array, "Ly B K S P"]) -> Float[Array, "Ly B K 2"] | None:
     """Of a cache without tokens; None where it needs none."""
-    return jnp.ones((*kv.shape[:3], 2)) if kv.dtype == jnp.int8 else None
+    return constrain(jnp.ones((*kv.shape[:3], 2)), *AXES) if kv.dtype == jnp.int8 else None
 
 
 def append(cache: KVCache, kv: Any, counts: Int[Array, "B"]) -> KVCache:
@@ -95,7 +97,7 @@ def append(cache: KVCache, kv: Any, counts: Int[Array, "B"]) -> KVCache:
     kept = jnp.where(counts > 0, counts, _entries(kv))  # a block may be written before it counts
     scale, kv = _quantised(cache, kv, cache.lengths == 0, kept)
     starts = cache.lengths - cache.shared
-    packed = jax.tree.map(lambda own, new: _write(own, new, starts), cache.kv, kv)
+    packed = jax.tree.map(lambda own, new: _written(own, new, starts), cache.kv, kv)
     return dataclasses.replace(
         cache, kv=packed, lengths=cache.lengths + counts.astype(jnp.int32), scale=scale
     )
@@ -151,6 +153,14 @@ def _laid(kv, packed):
         return kv
     halves = kv.reshape(*kv.shape[:4], 2, -1)
     return jnp.pad(halves, ((0, 0),) * 5 + ((0, padding),)).reshape(*kv.shape[:4], -1)
+
+
+def _written(packed, kv, starts):
+    """`_write`, of each device's own rows and heads where they lie on a mesh: nothing travels."""
+    if not axis_sizes():
+        return _write(packed, kv, starts)
+    lie = spec_of(packed.shape, *AXES)
+    return mapped(_write, (lie, lie, spec_of(starts.shape, "batch")), lie)(packed, kv, starts)
 
 
 def _write(

@@ -17,13 +17,15 @@ import jax.numpy as jnp
 from dllm_jax.decode import denoise, verify
 from dllm_jax.decode.prompt import BUCKET, PLAIN, Prompt, checked, edge, has_free, pad
 from dllm_jax.decode.start import initial
-from dllm_jax.decode.state import DecodeState, Result, result
+from dllm_jax.decode.state import DecodeState, Result, lies, result
 from dllm_jax.recipes import Recipe, Verified
+from dllm_jax.sharding import automatic, in_scope, placed, scope
 from dllm_jax.typing import Key, Params
 
 __all__ = ["BUCKET", "Prompt", "generate", "infill", "pad", "stream"]
 
 
+@in_scope
 def generate(
     model: Any,
     params: Params,
@@ -40,7 +42,9 @@ def generate(
 
     Args:
       model: what `load` returned; static.
-      params: its parameters, on any device or mesh.
+      params: its parameters, on any device or mesh. Where no mesh is in scope, theirs is: rows are
+        split over it, as far as their number allows, and the cache by kv heads too. The answers
+        are the same.
       prompt: rows of ids, which may differ in length; an array [B, P]; or a padded `Prompt`.
       recipe: how to decode, one of `dllm_jax.recipes` or your own.
       max_new_tokens: the most tokens an answer may have; a row stops earlier at an end-of-turn id.
@@ -97,6 +101,7 @@ def stream(
     yield from _stream(model, params, job)
 
 
+@in_scope
 def infill(
     model: Any,
     params: Params,
@@ -123,16 +128,22 @@ def infill(
         from left to right only (`ar`, `self_speculative`).
     """
     prompt = checked(rows, model.config, infilling=True)
-    state = run(model, params, edge(model, prompt, recipe, None, key, prefill_chunk, cache_dtype))
-    index = jnp.arange(prompt.tokens.shape[1])
-    there = index < prompt.lengths[:, None]
+    job = edge(model, prompt, recipe, None, key, prefill_chunk, cache_dtype)
+    state = run(model, params, job)
+    return automatic(_filled, placed("batch"), prompt.tokens, prompt.lengths, state)
+
+
+def _filled(tokens: jax.Array, lengths: jax.Array, state: DecodeState) -> Result:
+    index = jnp.arange(tokens.shape[1])
+    there = index < lengths[:, None]
     cut = lambda x, fill: jnp.where(there, x[:, : len(index)], fill)  # noqa: E731
     return Result(
-        cut(state.tokens, state.pad_id), prompt.lengths, cut(state.logprobs, 0.0), state.stop,
-        state.nfe, state.queries,
+        cut(state.tokens, state.pad_id), lengths, cut(state.logprobs, 0.0), state.stop, state.nfe,
+        state.queries,
     )  # fmt: skip
 
 
+@in_scope
 def run(model: Any, params: Params, job, forced: jax.Array | None = None) -> DecodeState:
     """The last state of a checked job (`prompt.edge`).
 
@@ -146,13 +157,15 @@ def run(model: Any, params: Params, job, forced: jax.Array | None = None) -> Dec
 
 
 def _stream(model, params, job) -> Iterator[DecodeState]:
-    state = _start(
-        model, params, job.prompt, job.recipe, job.budget, job.keys, None, size=job.size,
-        memory=job.memory,
-    )  # fmt: skip
+    with scope(params):  # left before each state is given away
+        state = _start(
+            model, params, job.prompt, job.recipe, job.budget, job.keys, None, size=job.size,
+            memory=job.memory,
+        )  # fmt: skip
     yield state
     while not bool(state.finished.all()):
-        state = _step(model, params, job.recipe, job.keys, state)
+        with scope(params):
+            state = _step(model, params, job.recipe, job.keys, state)
         yield state
 
 
@@ -160,6 +173,11 @@ def _stream(model, params, job) -> Iterator[DecodeState]:
 def _generate(
     model, params, prompt, recipe, budget, keys, forced=None, *, size, memory=PLAIN
 ) -> DecodeState:
+    run = partial(_answered, model, size, memory)
+    return automatic(run, lies, params, prompt, recipe, budget, keys, forced)
+
+
+def _answered(model, size, memory, params, prompt, recipe, budget, keys, forced) -> DecodeState:
     state = _start(model, params, prompt, recipe, budget, keys, forced, size=size, memory=memory)
     going = lambda s: ~s.finished.all()  # noqa: E731
     if isinstance(recipe, Verified):
@@ -187,6 +205,10 @@ def _generate(
 
 @partial(jax.jit, static_argnames=("model",))
 def _step(model, params, recipe: Recipe, keys, state) -> DecodeState:
+    return automatic(partial(_stepped, model), lies, params, recipe, keys, state)
+
+
+def _stepped(model, params, recipe: Recipe, keys, state) -> DecodeState:
     if isinstance(recipe, Verified):
         return verify.step(model, params, recipe, keys, state)
     rows = denoise.wide_rows(recipe, state)
@@ -206,6 +228,11 @@ def _step(model, params, recipe: Recipe, keys, state) -> DecodeState:
 
 @partial(jax.jit, static_argnames=("model", "size", "memory"))
 def _start(model, params, prompt, recipe, budget, keys, forced, *, size, memory) -> DecodeState:
+    run = partial(_started, model, size, memory)
+    return automatic(run, lies, params, prompt, recipe, budget, keys, forced)
+
+
+def _started(model, size, memory, params, prompt, recipe, budget, keys, forced) -> DecodeState:
     state = initial(model, prompt, recipe, budget, keys, size, memory)
     width = prompt.tokens.shape[1]
     if isinstance(recipe, Verified):

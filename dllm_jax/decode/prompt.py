@@ -157,12 +157,12 @@ def edge(
         recipe = _whole(recipe, room or width)
     if cache_dtype not in (None, *DTYPES):
         raise ValueError(f"cache_dtype={cache_dtype!r} is none of {', '.join(DTYPES)}")
-    memory = Memory(_chunk(recipe, config, width, prefill_chunk), cache_dtype, int(samples))
+    memory = Memory(chunk_of(recipe, config, width, prefill_chunk), cache_dtype, int(samples))
     recipe = jax.tree.map(_strong, recipe)
     return Job(prompt, recipe, jnp.int32(budget), keys, width + room, memory)
 
 
-def _chunk(recipe: Recipe, config, width: int, asked: int | None) -> int:
+def chunk_of(recipe: Recipe, config, width: int, asked: int | None) -> int:
     """Tokens of a chunk of a prompt of `width`, whole blocks of them; 0: it goes in one piece."""
     if asked is not None and not (isinstance(asked, int | np.integer) and asked >= 0):
         raise ValueError(f"prefill_chunk={asked} must be a number of tokens, or 0 for all at once")

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from dllm_jax.cache import KVCache, behind
 from dllm_jax.decode import passes
 from dllm_jax.decode.prompt import PLAIN, Memory, Prompt
-from dllm_jax.decode.state import RUNNING, DecodeState
+from dllm_jax.decode.state import RUNNING, DecodeState, lies
 from dllm_jax.ops.sampling import uniform
 from dllm_jax.policies import ReNoise, Sliding
 from dllm_jax.recipes import Denoise, Recipe, Verified
+from dllm_jax.sharding import laid_out
 
 _FIRST_NOISE = 5  # stream of noise
 
@@ -80,7 +81,7 @@ def initial(
         "forced": jnp.zeros((batch, 0), jnp.int32),
         "drafts": jnp.zeros((batch, 0), jnp.int32),
     }
-    return DecodeState(
+    state = DecodeState(
         tokens=tokens,
         free=free,
         open=free,
@@ -104,6 +105,7 @@ def initial(
         pad_id=config.pad_id,
         **{**empty, **parts},
     )
+    return laid_out(state, lies)
 
 
 def spread(model, recipe: Recipe, state: DecodeState, width: int, memory: Memory) -> DecodeState:
@@ -118,7 +120,7 @@ def spread(model, recipe: Recipe, state: DecodeState, width: int, memory: Memory
         slots += recipe.width.size  # the prompt's last tokens may be part of the first block
     batch = len(state.cache.lengths) * memory.samples
     cache = behind(state.cache, model.cache(batch, slots, memory.cache_dtype))
-    return dataclasses.replace(rows, cache=cache)
+    return laid_out(dataclasses.replace(rows, cache=cache), lies)
 
 
 def repeated(x: jax.Array, memory: Memory) -> jax.Array:

@@ -6,7 +6,8 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from dllm_jax.cache import KVCache
-from pallas_kernels import BlockMask, block_attention, block_attention_lse
+from dllm_jax.ops.attention import attention
+from pallas_kernels import BlockMask, block_attention_lse
 from pallas_kernels.block_attention.products import merged
 
 
@@ -33,7 +34,7 @@ def attend(
     """
     cached = {} if cache is None else cache.layer(layer, part)
     if cache is None or cache.prefix is None:
-        return block_attention(
+        return attention(
             q, k, v, mask, **cached, cache_end=cache_end, hole=hole, lengths=lengths, **options
         )
     shared = cache.shared

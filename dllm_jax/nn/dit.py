@@ -18,12 +18,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dllm_jax.cache import KVCache, allocate
+from dllm_jax.nn import remat
 from dllm_jax.nn.attention import attend
 from dllm_jax.nn.head import Head
 from dllm_jax.nn.transformer import Output
 from dllm_jax.nn.tree import Entry, init, param_shapes
+from dllm_jax.ops.embedding import lookup
 from dllm_jax.ops.norm import layer_norm
 from dllm_jax.ops.rope import rope_angles, rotate
+from dllm_jax.sharding import constrain
 from dllm_jax.typing import Params
 from pallas_kernels import BlockMask
 
@@ -53,9 +56,10 @@ class DiTConfig:
     noise_max: float = 1.0
     dtype: str = "float32"  # activations
     param_dtype: str = "float32"
-    remat: bool = False  # recompute each layer in the backward pass instead of storing it
+    remat: str | bool = "none"  # what the backward pass computes again: one of `remat.NAMES`
 
     def __post_init__(self):
+        object.__setattr__(self, "remat", remat.check(self.remat))
         if self.dim % self.num_heads or self.head_dim % 2:
             raise ValueError(
                 f"dim={self.dim} must be num_heads={self.num_heads} heads of an even size"
@@ -160,19 +164,19 @@ class DiT(nn.Module):
             config, mask, rope_angles(positions, config.head_dim, ROPE_THETA),
             noise.astype(config.dtype), cache, cache_end, hole, lengths,
         )  # fmt: skip
-        hidden = jnp.take(tree["embed"], tokens, axis=0, mode="clip").astype(config.dtype)
+        hidden = lookup(tree["embed"], tokens).astype(config.dtype)
+        hidden = constrain(hidden, "batch", "length")
 
         def body(hidden, xs):
             number, layer = xs
             return _layer(context, number, layer, hidden)
 
-        if config.remat:
-            body = jax.checkpoint(body, prevent_cse=False)
+        body = remat.rematerialised(body, config.remat)
         numbers = jnp.arange(config.num_layers)
         hidden, kv = jax.lax.scan(body, hidden, (numbers, tree["layers"]))
         shift, scale = _modulation(tree["output"], context.noise)
         x = layer_norm(hidden, tree["output"]["norm"], config.norm_eps)
-        return Output(x * (1 + scale) + shift, kv)
+        return Output(constrain(x * (1 + scale) + shift, "batch", "length"), kv)
 
     def head(self) -> Head:
         """The output projection."""
@@ -209,10 +213,11 @@ def _layer(context: _Context, number, layer: Params, hidden: jax.Array):
         hole=context.hole, lengths=context.lengths,
     )  # fmt: skip
     hidden = hidden + gate * jnp.einsum("bqnh,nhd->bqd", mixed, p["o"].astype(x.dtype))
+    hidden = constrain(hidden, "batch", "length")
     p = layer["mlp"]
     x = layer_norm(hidden, p["norm"], config.norm_eps) * (1 + mlp_scale) + mlp_shift
     x = nn.gelu(_linear(p, "up", x), approximate=True)
-    hidden = hidden + mlp_gate * _linear(p, "down", x)
+    hidden = constrain(hidden + mlp_gate * _linear(p, "down", x), "batch", "length")
     return hidden, jnp.moveaxis(jnp.concatenate([k, v], axis=-1), 1, 2)
 
 

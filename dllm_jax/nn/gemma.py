@@ -22,15 +22,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dllm_jax.cache import KVCache, scales
+from dllm_jax.cache import AXES, KVCache, scales
+from dllm_jax.nn import remat
 from dllm_jax.nn.attention import attend
 from dllm_jax.nn.gemma_tree import gemma_tree
 from dllm_jax.nn.head import Head
 from dllm_jax.nn.transformer import Output
 from dllm_jax.nn.tree import init, param_shapes
+from dllm_jax.ops.embedding import lookup
 from dllm_jax.ops.moe import MoEConfig, Stack, experts, route
 from dllm_jax.ops.norm import rms_norm
 from dllm_jax.ops.rope import rope_angles, rotate
+from dllm_jax.sharding import constrain
 from dllm_jax.typing import Params
 from pallas_kernels import BlockMask
 
@@ -66,9 +69,10 @@ class GemmaConfig:
     pad_id: int = 0
     dtype: str = "float32"  # activations
     param_dtype: str = "float32"
-    remat: bool = False  # recompute each layer in the backward pass instead of storing it
+    remat: str | bool = "none"  # what the backward pass computes again: one of `remat.NAMES`
 
     def __post_init__(self):
+        object.__setattr__(self, "remat", remat.check(self.remat))
         if not self.layer_types or not set(self.layer_types) <= set(KINDS):
             raise ValueError(f"layer_types={self.layer_types} must be of {', '.join(KINDS)}")
         for heads in (self.num_kv_heads, self.full_num_kv_heads):
@@ -187,8 +191,9 @@ class Gemma(nn.Module):
             hidden = jnp.concatenate([hidden[:, : mask.clean], own], axis=1)
         angles = {kind: _angles(config, kind, positions) for kind in config.kinds}
         context = _Context(config, mask, angles, cache, cache_end, hole, lengths)
-        hidden, kv = _run(context, tree["layers"], hidden)
-        return Output(rms_norm(hidden, tree["final_norm"], config.norm_eps), kv)
+        hidden, kv = _run(context, tree["layers"], constrain(hidden, "batch", "length"))
+        hidden = rms_norm(hidden, tree["final_norm"], config.norm_eps)
+        return Output(constrain(hidden, "batch", "length"), kv)
 
     def head(self) -> Head:
         """The output projection."""
@@ -212,7 +217,7 @@ class Gemma(nn.Module):
         for kind in c.kinds:
             kv_heads, size = c.heads(kind)
             shape = (len(c.numbers(kind)), batch, kv_heads, slots, 2 * size)
-            kv.append(jnp.zeros(shape, dtype or c.dtype))
+            kv.append(constrain(jnp.zeros(shape, dtype or c.dtype), *AXES))
         scale = tuple(scales(x) for x in kv) if kv[0].dtype == jnp.int8 else None
         return KVCache(tuple(kv), jnp.zeros(batch, jnp.int32), scale)
 
@@ -244,8 +249,7 @@ def _run(context: _Context, layers: Params, hidden: jax.Array) -> tuple[jax.Arra
         first = {kind: repeat * period.count(kind) for kind in config.kinds}
         for kind, count in runs:
             one = partial(_layer, context, kind, layers[kind])
-            if config.remat:
-                one = jax.checkpoint(one, prevent_cse=False)
+            one = remat.rematerialised(one, config.remat)
             hidden, kv = jax.lax.scan(one, hidden, first[kind] + jnp.arange(count))
             found[kind].append(kv)
             first[kind] += count
@@ -271,13 +275,13 @@ def _layer(context: _Context, kind: str, stack: Params, hidden: jax.Array, numbe
     config = context.config
     layer = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False), stack)
     mixed, kv = _attention(context, kind, number, layer["attention"], hidden)
-    hidden = hidden + mixed
+    hidden = constrain(hidden + mixed, "batch", "length")
     dense = _normed_mlp(layer["mlp"], config, hidden)
     mixture = _mixture(layer["moe"], stack["moe"], number, config, hidden)
     hidden = hidden + rms_norm(dense + mixture, layer["post_norm"], config.norm_eps)
     noisy = (jnp.arange(hidden.shape[1]) >= context.mask.clean)[:, None]
     scalar = jnp.where(noisy, layer["canvas_scale"], layer["clean_scale"])
-    return hidden * scalar.astype(hidden.dtype), kv
+    return constrain(hidden * scalar.astype(hidden.dtype), "batch", "length"), kv
 
 
 def _attention(context: _Context, kind: str, number, p: Params, hidden: jax.Array):
@@ -325,8 +329,9 @@ def _mixture(
     x = rms_norm(flat, p["norm"], config.norm_eps)
     own, every = ([tree[name] for name in ("gate", "up", "down")] for tree in (p, stack))
     stacked = Stack(number, *jax.lax.stop_gradient(every))
+    x, chosen, weights = (y.reshape(*hidden.shape[:-1], -1) for y in (x, chosen, weights))
     x = experts(x, chosen, weights, *own, activation=_gelu, stack=stacked)
-    return rms_norm(x, p["post_norm"], config.norm_eps).reshape(hidden.shape)
+    return rms_norm(x, p["post_norm"], config.norm_eps)
 
 
 def _conditioning(p: Params, config: GemmaConfig, carry: jax.Array) -> jax.Array:
@@ -344,8 +349,7 @@ def _gelu(x: jax.Array) -> jax.Array:
 
 
 def _embed(tree: Params, config: GemmaConfig, tokens: jax.Array) -> jax.Array:
-    taken = jnp.take(tree["embed"], tokens, axis=0, mode="clip").astype(config.dtype)
-    return _scaled(config, taken)
+    return _scaled(config, lookup(tree["embed"], tokens).astype(config.dtype))
 
 
 def _scaled(config: GemmaConfig, embedded: jax.Array) -> jax.Array:

@@ -18,15 +18,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dllm_jax.cache import KVCache, allocate
+from dllm_jax.cache import AXES, KVCache, allocate
+from dllm_jax.nn import remat
 from dllm_jax.nn.adapters import AdapterConfig, low_rank
 from dllm_jax.nn.attention import attend
 from dllm_jax.nn.head import Head
 from dllm_jax.nn.transformer_tree import transformer_tree
 from dllm_jax.nn.tree import init, param_shapes
+from dllm_jax.ops.embedding import lookup
 from dllm_jax.ops.moe import MoEConfig, Stack, experts, route
 from dllm_jax.ops.norm import rms_norm
 from dllm_jax.ops.rope import RopeScaling, rope_angles, rotate
+from dllm_jax.sharding import automatic, constrain, spec_of
 from dllm_jax.typing import Params
 from pallas_kernels import BlockMask
 
@@ -60,10 +63,11 @@ class TransformerConfig:
     pad_id: int = 0
     dtype: str = "float32"  # activations
     param_dtype: str = "float32"
-    remat: bool = False  # recompute each layer in the backward pass instead of storing it
+    remat: str | bool = "none"  # what the backward pass computes again: one of `remat.NAMES`
     adapter: AdapterConfig | None = None
 
     def __post_init__(self):
+        object.__setattr__(self, "remat", remat.check(self.remat))
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
@@ -131,11 +135,23 @@ class Output(NamedTuple):
     kv: Any  # [Ly, B, K, Q, 2 * H]: the entries' own keys and values, ready for `cache.append`
 
 
+_TREES = (jax.Array, KVCache, tuple)  # what is traced among the options of a pass
+
+
 def forward(model: nn.Module, params: Params, tokens: Int[Array, "B Q"], **options: Any) -> Output:
     """One forward pass of any of our modules; `options` are those of its `__call__`."""
-    out = model.apply({"params": params}, tokens, **options)
-    assert isinstance(out, Output)
-    return out
+    arrays = {name: x for name, x in options.items() if isinstance(x, _TREES)}
+    static = {name: x for name, x in options.items() if name not in arrays}
+
+    def run(params, tokens, arrays):
+        out = model.apply({"params": params}, tokens, **arrays, **static)
+        assert isinstance(out, Output)
+        return out
+
+    def place(path, shape):
+        return spec_of(shape, *(AXES if ".kv" in path else ("batch", "length")))
+
+    return automatic(run, place, params, tokens, arrays)
 
 
 class Transformer(nn.Module):
@@ -198,7 +214,8 @@ class Transformer(nn.Module):
         context = _Context(config, mask, angles, adapter, gate, cache, cache_end, hole, lengths)
         hidden = embed(tree, config, tokens, gate)
         hidden, kv = _run(context, tree, hidden, frozen_layers)
-        return Output(rms_norm(hidden, tree["final_norm"], config.norm_eps), kv)
+        hidden = rms_norm(hidden, tree["final_norm"], config.norm_eps)
+        return Output(constrain(hidden, "batch", "length"), kv)
 
     def head(self) -> Head:
         """The output projection."""
@@ -217,11 +234,11 @@ def embed(
     gate: Bool[Array, "B Q"] | None,
 ) -> Float[Array, "B Q D"]:
     """Token embeddings; a mask token's, where the gate is open, is the adapter's."""
-    hidden = jnp.take(tree["embed"], tokens, axis=0, mode="clip").astype(config.dtype)
+    hidden = lookup(tree["embed"], tokens).astype(config.dtype)
     if gate is not None:
         own = tree["adapter"]["mask_embedding"].astype(config.dtype)
         hidden = jnp.where(gate[..., None], own, hidden)
-    return hidden
+    return constrain(hidden, "batch", "length")
 
 
 class _Context(NamedTuple):
@@ -272,8 +289,7 @@ def _scan(context: _Context, layers: Params, hidden: jax.Array, first: int, last
         stack = None if every is None else Stack(number - start, *every)
         return _layer(context, number, layer["base"], layer.get("adapter", {}), stack, hidden)
 
-    if context.config.remat:
-        body = jax.checkpoint(body, prevent_cse=False)
+    body = remat.rematerialised(body, context.config.remat)
     return jax.lax.scan(body, hidden, (jnp.arange(first, last), layers))
 
 
@@ -306,6 +322,7 @@ def _layer(
     )  # fmt: skip
     mixed = mixed.reshape(*mixed.shape[:2], -1)
     hidden = hidden + project(mixed, p["o"].reshape(-1, config.dim), "o", "bqi,id->bqd")
+    hidden = constrain(hidden, "batch", "length")
     p = base["mlp"]
     x = rms_norm(hidden, p["norm"], config.norm_eps)
     if config.moe and "router" in p:
@@ -314,6 +331,7 @@ def _layer(
         gated = nn.silu(project(x, p["gate"], "gate", "bqd,df->bqf"))
         gated = gated * project(x, p["up"], "up", "bqd,df->bqf")
         hidden = hidden + project(gated, p["down"], "down", "bqf,fd->bqd")
+    hidden = constrain(hidden, "batch", "length")
     kv = jnp.concatenate([k, v], axis=-1)  # [B, Q, K, 2 * H]
     return hidden, jnp.moveaxis(kv, 1, 2)
 
@@ -325,8 +343,8 @@ def _mixture(config: MoEConfig, p: Params, stack: Stack | None, x: jax.Array) ->
     wide = flat.astype(jnp.float32), p["router"].astype(jnp.float32)
     logits = jnp.einsum("td,de->te", *wide, precision="highest")
     chosen, weights = route(logits, p.get("router_bias"), config)
-    mixed = experts(flat, chosen, weights, p["gate"], p["up"], p["down"], stack=stack)
-    mixed = mixed.reshape(x.shape)
+    chosen, weights = (y.reshape(*x.shape[:-1], -1) for y in (chosen, weights))
+    mixed = experts(x, chosen, weights, p["gate"], p["up"], p["down"], stack=stack)
     if config.shared_ffn_dim:
         gate, up, down = (p[f"shared_{name}"].astype(x.dtype) for name in ("gate", "up", "down"))
         mixed = mixed + (nn.silu(x @ gate) * (x @ up)) @ down
