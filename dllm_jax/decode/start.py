@@ -15,6 +15,7 @@ from dllm_jax.recipes import Denoise, Recipe, Verified
 from dllm_jax.sharding import laid_out
 
 _FIRST_NOISE = 5  # stream of noise
+_ROWS = 32  # slots in a register of a TPU, of an int8 cache
 
 
 def initial(
@@ -68,11 +69,12 @@ def initial(
         slots = 0 if recipe.cache == "none" else _slots(recipe, length)
         reach = jnp.minimum(start + block, end)
     else:
-        slots, reach = length, end
+        slots, reach = _slots(recipe, length), end
         parts["drafts"] = jnp.zeros((batch, recipe.width), jnp.int32)
     cache = KVCache((), jnp.zeros(rows, jnp.int32))
     if slots:
-        cache = model.cache(rows, width if memory.samples > 1 else slots, memory.cache_dtype)
+        slots = _registers(width) if memory.samples > 1 else slots
+        cache = model.cache(rows, slots, memory.cache_dtype)
     zeros = jnp.zeros(batch, jnp.int32)
     empty = {
         "carry": jnp.zeros((0, 0, 0)),
@@ -119,7 +121,8 @@ def spread(model, recipe: Recipe, state: DecodeState, width: int, memory: Memory
     if isinstance(recipe, Denoise):
         slots += recipe.width.size  # the prompt's last tokens may be part of the first block
     batch = len(state.cache.lengths) * memory.samples
-    cache = behind(state.cache, model.cache(batch, slots, memory.cache_dtype))
+    own = model.cache(batch, _registers(slots), memory.cache_dtype)
+    cache = behind(state.cache, own)
     return laid_out(dataclasses.replace(rows, cache=cache), lies)
 
 
@@ -130,9 +133,18 @@ def repeated(x: jax.Array, memory: Memory) -> jax.Array:
 
 def _slots(recipe: Recipe, length: int) -> int:
     """Of the cache of a row of `length` positions: an append may reach behind the last."""
-    if isinstance(recipe, Verified) or recipe.cache in ("prefix", "dual"):
-        return length
-    return length + passes.capacity(recipe) * recipe.width.size
+    if isinstance(recipe, Denoise) and recipe.cache in ("prefix", "dual"):
+        return length  # a pass over all positions writes it
+    if isinstance(recipe, Denoise):
+        length += passes.capacity(recipe) * recipe.width.size
+    return _registers(length)
+
+
+def _registers(slots: int) -> int:
+    """So many slots, in whole registers of a TPU: of others, XLA turns the cache around, and
+    copies it for its kernels.
+    """
+    return -(-slots // _ROWS) * _ROWS
 
 
 def _canvas(recipe: Recipe, first, limit) -> tuple[jax.Array, jax.Array, int]:
