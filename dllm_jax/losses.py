@@ -19,6 +19,7 @@ from dllm_jax.cache import KVCache
 from dllm_jax.corruption import MaskedBlocks, NoisyBlocks
 from dllm_jax.nn.head import cross_entropy_of
 from dllm_jax.nn.transformer import Transformer, forward
+from dllm_jax.sharding import automatic, placed
 from dllm_jax.typing import Key, Params
 from pallas_kernels import BlockMask
 
@@ -77,7 +78,11 @@ class DualStream:
           ... by place in the block, and `accepted`, the expected number of drafts that a greedy
           check would pass.
         """
-        return self.score(model, params, self.draw(model, batch, key))
+
+        def run(params: Params, batch: dict[str, jax.Array], key: Key):
+            return self.score(model, params, self.draw(model, batch, key))
+
+        return automatic(run, placed(), params, batch, key)
 
     def draw(self, model: Transformer, batch: dict[str, jax.Array], key: Key) -> Drawn:
         """The noise of a batch, with the batch: what `score` takes, whole or in parts."""

@@ -12,15 +12,16 @@ from dllm_jax.sharding import FSDP, FSDP_TENSOR, TENSOR, Rules, make_mesh, shard
 @pytest.mark.parametrize(
     ("sizes", "shape"),
     [
-        ({}, (8, 1, 1)),
-        ({"data": 1, "fsdp": -1}, (1, 8, 1)),
-        ({"fsdp": 2, "tensor": 2}, (2, 2, 2)),
-        ({"data": 2}, (2, 1, 1)),
+        ({}, (8, 1, 1, 1, 1)),
+        ({"data": 1, "fsdp": -1}, (1, 8, 1, 1, 1)),
+        ({"fsdp": 2, "tensor": 2}, (2, 2, 1, 1, 2)),
+        ({"expert": 4, "context": 2}, (1, 1, 4, 2, 1)),
+        ({"data": 2}, (2, 1, 1, 1, 1)),
     ],
 )
 def test_mesh_sizes(sizes: dict[str, int], shape: tuple[int, ...]):
     mesh = make_mesh(**sizes)
-    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert mesh.axis_names == ("data", "fsdp", "expert", "context", "tensor")
     assert mesh.devices.shape == shape
 
 

@@ -1,11 +1,14 @@
 """What a decoding loop carries, and what it returns."""
 
 import dataclasses
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from dllm_jax.cache import KVCache
+from dllm_jax.cache import AXES, KVCache
+from dllm_jax.sharding import automatic, placed, spec_of
 
 RUNNING, END_OF_TURN, LENGTH = 0, 1, 2
 STOP_REASONS = ("running", "end_of_turn", "length")
@@ -41,7 +44,8 @@ class DecodeState:
     drafts: jax.Array  # int32[B, W]: guesses at the tokens behind `written` (speculation)
     cache: KVCache  # of R rows: B, or 2 * B with guidance, those without the prompt behind
     stop: jax.Array  # int32[B]: RUNNING, END_OF_TURN or LENGTH
-    nfe: jax.Array  # int32[B]: forward passes that the row took part in, the prefill included
+    # int32[B]: forward passes that the row took part in; the prefill, in chunks too, is one of them
+    nfe: jax.Array
     queries: jax.Array  # int32[B]: entries processed in those passes, the prefill's prompt left out
     mask_id: int = dataclasses.field(metadata={"static": True})
     pad_id: int = dataclasses.field(metadata={"static": True})
@@ -92,8 +96,18 @@ class Result:
         return [STOP_REASONS[int(code)] for code in jax.device_get(self.stop)]
 
 
+def lies(path: str, shape: tuple[int, ...]) -> Any:
+    """How a state lies on a mesh (`sharding.Place`): by rows, and its cache by kv heads too."""
+    whole = ".cache." in path and len(shape) > 1  # keys and values, and scales of them
+    return spec_of(shape, *(AXES if whole else ("batch",)))
+
+
 def result(state: DecodeState, max_new_tokens: int) -> Result:
     """Cuts the answers out of a state."""
+    return automatic(partial(_result, max_new_tokens), placed("batch"), state)
+
+
+def _result(max_new_tokens: int, state: DecodeState) -> Result:
     index = jnp.arange(max_new_tokens)
     at = jnp.minimum(state.prompt[:, None] + index, state.tokens.shape[1] - 1)
     there = index < state.answer_length[:, None]

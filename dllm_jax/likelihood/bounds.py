@@ -19,6 +19,7 @@ from dllm_jax.decode.prompt import BUCKET
 from dllm_jax.likelihood.texts import Texts, over_vocabulary, pack
 from dllm_jax.nn.transformer import forward
 from dllm_jax.ops.sampling import uniform
+from dllm_jax.sharding import automatic, in_scope, placed
 from dllm_jax.typing import Key, Params
 from pallas_kernels import BlockMask
 
@@ -34,6 +35,7 @@ class Bound(NamedTuple):
     stderr: jax.Array  # float32[B]: of the mean; on average not too small. nan for one sample
 
 
+@in_scope
 def bound(
     model: Any,
     params: Params,
@@ -147,6 +149,11 @@ def _values(
     model, params, texts: Texts, keys, noise, start, *, blocks, times, samples, chunk
 ) -> Float[Array, "S B"]:
     """What each sample adds to the bound's mean."""
+    run = partial(_sampled, model, blocks, times, samples, chunk)
+    return automatic(run, placed(None, "batch"), params, texts, keys, noise, start)
+
+
+def _sampled(model, blocks, times, samples, chunk, params, texts: Texts, keys, noise, start):
     batch, width = texts.tokens.shape
     size = noise.block_size or width
     index = start[:, None] + jnp.arange(blocks * size)  # positions of the entries, [B, Q]

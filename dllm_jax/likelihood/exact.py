@@ -22,6 +22,7 @@ from dllm_jax.nn.head import cross_entropy_of, mask_in_vocabulary, stats_of
 from dllm_jax.nn.transformer import forward
 from dllm_jax.policies import ReNoise, random_part
 from dllm_jax.recipes import Denoise, Recipe, Verified
+from dllm_jax.sharding import automatic, in_scope, placed
 from dllm_jax.typing import Params
 
 
@@ -32,6 +33,7 @@ class Likelihood(NamedTuple):
     logprobs: jax.Array  # float32[B, N]: of each answer token; 0 behind the last
 
 
+@in_scope
 def log_likelihood(
     model: Any, params: Params, prompt: Sequence, answer: Sequence, *, recipe: Recipe
 ) -> Likelihood:
@@ -93,6 +95,7 @@ def check_deterministic(recipe: Recipe) -> None:
         refuse(type(recipe.revise).__name__, "changes tokens that are written")
 
 
+@in_scope
 def is_greedy(
     model: Any, params: Params, prompt: Sequence, answer: Sequence, *, recipe: Recipe
 ) -> Bool[Array, "B"]:
@@ -107,8 +110,12 @@ def is_greedy(
     else:
         recipe = dataclasses.replace(recipe, ending="never")
         found = infill(model, params, texts.open(), recipe=recipe)
-        right = texts.pick(found.tokens) == texts.targets
+        right = _picked(texts, found.tokens) == texts.targets
     return (right | ~texts.there).all(axis=1)
+
+
+def _picked(texts: Texts, values: jax.Array) -> jax.Array:
+    return automatic(Texts.pick, placed("batch"), texts, values)
 
 
 def _check_causal(config, texts: Texts) -> None:
@@ -128,18 +135,26 @@ def _check_causal(config, texts: Texts) -> None:
 @partial(jax.jit, static_argnames="model")
 def _causal(model, params, texts: Texts) -> Float[Array, "B N"]:
     """Log-probabilities of the answers' tokens, each given all before it."""
-    hidden = _before_answers(model, params, texts)
-    barred = mask_in_vocabulary(model.config)
-    nats, _ = cross_entropy_of(model, params, hidden, texts.targets, barred)
-    return jnp.where(texts.there, -nats, 0.0)
+
+    def run(params, texts):
+        hidden = _before_answers(model, params, texts)
+        barred = mask_in_vocabulary(model.config)
+        nats, _ = cross_entropy_of(model, params, hidden, texts.targets, barred)
+        return jnp.where(texts.there, -nats, 0.0)
+
+    return automatic(run, placed("batch"), params, texts)
 
 
 @partial(jax.jit, static_argnames="model")
 def _most_probable(model, params, texts: Texts) -> Bool[Array, "B N"]:
     """Whether each token of the answers is the most probable one."""
-    hidden = _before_answers(model, params, texts)
-    found = stats_of(model, params, hidden, forbidden=mask_in_vocabulary(model.config))
-    return found.ids[..., 0] == texts.targets
+
+    def run(params, texts):
+        hidden = _before_answers(model, params, texts)
+        found = stats_of(model, params, hidden, forbidden=mask_in_vocabulary(model.config))
+        return found.ids[..., 0] == texts.targets
+
+    return automatic(run, placed("batch"), params, texts)
 
 
 def _before_answers(model, params, texts: Texts) -> Float[Array, "B N D"]:
@@ -161,4 +176,4 @@ def _forced(model, params, texts: Texts, recipe: Denoise) -> Float[Array, "B N"]
     room = ((0, 0), (0, recipe.width.size if exact else 0))
     forced = jnp.pad(forced, room, constant_values=config.mask_id)
     state = run(model, params, job, forced)
-    return jnp.where(texts.there, texts.pick(state.logprobs), 0.0)
+    return jnp.where(texts.there, _picked(texts, state.logprobs), 0.0)

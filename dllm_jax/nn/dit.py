@@ -22,10 +22,13 @@ from dllm_jax.nn import remat
 from dllm_jax.nn.head import Head
 from dllm_jax.nn.transformer import Output
 from dllm_jax.nn.tree import Entry, init, param_shapes
+from dllm_jax.ops.attention import attention
+from dllm_jax.ops.embedding import lookup
 from dllm_jax.ops.norm import layer_norm
 from dllm_jax.ops.rope import rope_angles, rotate
+from dllm_jax.sharding import constrain
 from dllm_jax.typing import Params
-from pallas_kernels import BlockMask, block_attention
+from pallas_kernels import BlockMask
 
 ROPE_THETA = 10_000.0  # of the rotary positions, and of the waves
 _WAVES = 128  # of the embedding of a noise level: as many cosines, and as many sines
@@ -161,7 +164,8 @@ class DiT(nn.Module):
             config, mask, rope_angles(positions, config.head_dim, ROPE_THETA),
             noise.astype(config.dtype), cache, cache_end, hole, lengths,
         )  # fmt: skip
-        hidden = jnp.take(tree["embed"], tokens, axis=0, mode="clip").astype(config.dtype)
+        hidden = lookup(tree["embed"], tokens).astype(config.dtype)
+        hidden = constrain(hidden, "batch", "length")
 
         def body(hidden, xs):
             number, layer = xs
@@ -172,16 +176,16 @@ class DiT(nn.Module):
         hidden, kv = jax.lax.scan(body, hidden, (numbers, tree["layers"]))
         shift, scale = _modulation(tree["output"], context.noise)
         x = layer_norm(hidden, tree["output"]["norm"], config.norm_eps)
-        return Output(x * (1 + scale) + shift, kv)
+        return Output(constrain(x * (1 + scale) + shift, "batch", "length"), kv)
 
     def head(self) -> Head:
         """The output projection."""
         return Head(self.tree["head"], self.tree["output"]["head_bias"])
 
-    def cache(self, batch: int, slots: int) -> KVCache:
-        """An empty cache for this architecture."""
+    def cache(self, batch: int, slots: int, dtype: str | None = None) -> KVCache:
+        """An empty cache for this architecture, in the dtype of its activations or another."""
         c = self.config
-        return allocate(c.num_layers, batch, c.num_heads, slots, c.head_dim, c.dtype)
+        return allocate(c.num_layers, batch, c.num_heads, slots, c.head_dim, dtype or c.dtype)
 
 
 class _Context(NamedTuple):
@@ -206,16 +210,17 @@ def _layer(context: _Context, number, layer: Params, hidden: jax.Array):
     q, k = rotate(q, *context.angles), rotate(k, *context.angles)
     cached: dict[str, Any] = {}
     if context.cache is not None:
-        cached = {"cache": context.cache.kv, "layer": number}
-    mixed = block_attention(
+        cached = context.cache.layer(number)
+    mixed = attention(
         q, k, v, context.mask, **cached, cache_end=context.cache_end, hole=context.hole,
         lengths=context.lengths,
     )  # fmt: skip
     hidden = hidden + gate * jnp.einsum("bqnh,nhd->bqd", mixed, p["o"].astype(x.dtype))
+    hidden = constrain(hidden, "batch", "length")
     p = layer["mlp"]
     x = layer_norm(hidden, p["norm"], config.norm_eps) * (1 + mlp_scale) + mlp_shift
     x = nn.gelu(_linear(p, "up", x), approximate=True)
-    hidden = hidden + mlp_gate * _linear(p, "down", x)
+    hidden = constrain(hidden + mlp_gate * _linear(p, "down", x), "batch", "length")
     return hidden, jnp.moveaxis(jnp.concatenate([k, v], axis=-1), 1, 2)
 
 

@@ -22,17 +22,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dllm_jax.cache import KVCache
+from dllm_jax.cache import AXES, KVCache, scales
 from dllm_jax.nn import remat
 from dllm_jax.nn.gemma_tree import gemma_tree
 from dllm_jax.nn.head import Head
 from dllm_jax.nn.transformer import Output
 from dllm_jax.nn.tree import init, param_shapes
+from dllm_jax.ops.attention import attention
+from dllm_jax.ops.embedding import lookup
 from dllm_jax.ops.moe import MoEConfig, Stack, experts, route
 from dllm_jax.ops.norm import rms_norm
 from dllm_jax.ops.rope import rope_angles, rotate
+from dllm_jax.sharding import constrain
 from dllm_jax.typing import Params
-from pallas_kernels import BlockMask, block_attention
+from pallas_kernels import BlockMask
 
 KINDS = ("sliding", "full")  # of layers, in the order of the cache's arrays
 
@@ -188,8 +191,9 @@ class Gemma(nn.Module):
             hidden = jnp.concatenate([hidden[:, : mask.clean], own], axis=1)
         angles = {kind: _angles(config, kind, positions) for kind in config.kinds}
         context = _Context(config, mask, angles, cache, cache_end, hole, lengths)
-        hidden, kv = _run(context, tree["layers"], hidden)
-        return Output(rms_norm(hidden, tree["final_norm"], config.norm_eps), kv)
+        hidden, kv = _run(context, tree["layers"], constrain(hidden, "batch", "length"))
+        hidden = rms_norm(hidden, tree["final_norm"], config.norm_eps)
+        return Output(constrain(hidden, "batch", "length"), kv)
 
     def head(self) -> Head:
         """The output projection."""
@@ -204,14 +208,18 @@ class Gemma(nn.Module):
         """
         return _scaled(self.config, mean.astype(self.config.dtype))
 
-    def cache(self, batch: int, slots: int) -> KVCache:
-        """An empty cache for this architecture: an array for each of `config.kinds`."""
+    def cache(self, batch: int, slots: int, dtype: str | None = None) -> KVCache:
+        """An empty cache for this architecture: an array for each of `config.kinds`.
+
+        In the dtype of its activations, or another.
+        """
         c, kv = self.config, []
         for kind in c.kinds:
             kv_heads, size = c.heads(kind)
             shape = (len(c.numbers(kind)), batch, kv_heads, slots, 2 * size)
-            kv.append(jnp.zeros(shape, c.dtype))
-        return KVCache(tuple(kv), jnp.zeros(batch, jnp.int32))
+            kv.append(constrain(jnp.zeros(shape, dtype or c.dtype), *AXES))
+        scale = tuple(scales(x) for x in kv) if kv[0].dtype == jnp.int8 else None
+        return KVCache(tuple(kv), jnp.zeros(batch, jnp.int32), scale)
 
 
 class _Context(NamedTuple):
@@ -267,13 +275,13 @@ def _layer(context: _Context, kind: str, stack: Params, hidden: jax.Array, numbe
     config = context.config
     layer = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False), stack)
     mixed, kv = _attention(context, kind, number, layer["attention"], hidden)
-    hidden = hidden + mixed
+    hidden = constrain(hidden + mixed, "batch", "length")
     dense = _normed_mlp(layer["mlp"], config, hidden)
     mixture = _mixture(layer["moe"], stack["moe"], number, config, hidden)
     hidden = hidden + rms_norm(dense + mixture, layer["post_norm"], config.norm_eps)
     noisy = (jnp.arange(hidden.shape[1]) >= context.mask.clean)[:, None]
     scalar = jnp.where(noisy, layer["canvas_scale"], layer["clean_scale"])
-    return hidden * scalar.astype(hidden.dtype), kv
+    return constrain(hidden * scalar.astype(hidden.dtype), "batch", "length"), kv
 
 
 def _attention(context: _Context, kind: str, number, p: Params, hidden: jax.Array):
@@ -287,8 +295,8 @@ def _attention(context: _Context, kind: str, number, p: Params, hidden: jax.Arra
     v = rms_norm(v, None, config.norm_eps)
     cached: dict[str, Any] = {}
     if context.cache is not None:
-        cached = {"cache": context.cache.kv[config.kinds.index(kind)], "layer": number}
-    mixed = block_attention(
+        cached = context.cache.layer(number, config.kinds.index(kind))
+    mixed = attention(
         q, k, v, context.mask, **cached, cache_end=context.cache_end, hole=context.hole,
         lengths=context.lengths, window=config.window if kind == "sliding" else 0, scale=1.0,
     )  # fmt: skip
@@ -323,8 +331,9 @@ def _mixture(
     x = rms_norm(flat, p["norm"], config.norm_eps)
     own, every = ([tree[name] for name in ("gate", "up", "down")] for tree in (p, stack))
     stacked = Stack(number, *jax.lax.stop_gradient(every))
+    x, chosen, weights = (y.reshape(*hidden.shape[:-1], -1) for y in (x, chosen, weights))
     x = experts(x, chosen, weights, *own, activation=_gelu, stack=stacked)
-    return rms_norm(x, p["post_norm"], config.norm_eps).reshape(hidden.shape)
+    return rms_norm(x, p["post_norm"], config.norm_eps)
 
 
 def _conditioning(p: Params, config: GemmaConfig, carry: jax.Array) -> jax.Array:
@@ -342,8 +351,7 @@ def _gelu(x: jax.Array) -> jax.Array:
 
 
 def _embed(tree: Params, config: GemmaConfig, tokens: jax.Array) -> jax.Array:
-    taken = jnp.take(tree["embed"], tokens, axis=0, mode="clip").astype(config.dtype)
-    return _scaled(config, taken)
+    return _scaled(config, lookup(tree["embed"], tokens).astype(config.dtype))
 
 
 def _scaled(config: GemmaConfig, embedded: jax.Array) -> jax.Array:

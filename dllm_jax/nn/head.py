@@ -1,5 +1,6 @@
 """The output projection: the vocabulary's scores, or (mostly) only what is asked of them."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -7,8 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dllm_jax.sharding import automatic, axis_sizes, constrain, mapped, placed, spec, split
 from dllm_jax.typing import Params
 from pallas_kernels import CrossEntropy, TokenStats, cross_entropy, scores_at, token_stats
+
+_ROWS = ("batch", "length")  # logical names of the leading axes of hidden states
 
 
 class Head(NamedTuple):
@@ -30,14 +34,20 @@ def logits_of(
     model: nn.Module, params: Params, hidden: Float[Array, "*B D"]
 ) -> Float[Array, "*B V"]:
     """All of the vocabulary's scores, float32. Where numbers about them will do: `stats_of`."""
-    head = head_of(model, params)
-    scores = jnp.einsum(
-        "...d,vd->...v", hidden, head.vectors.astype(hidden.dtype),
-        preferred_element_type=jnp.float32,
-    )  # fmt: skip
-    if head.bias is not None:
-        scores = scores + head.bias.astype(jnp.float32)
-    return head.soft_cap * jnp.tanh(scores / head.soft_cap) if head.soft_cap else scores
+    names = *_ROWS[: hidden.ndim - 1], *[None] * (hidden.ndim - 3), "vocab"
+
+    def run(params, hidden):
+        head = head_of(model, params)
+        scores = jnp.einsum(
+            "...d,vd->...v", hidden, head.vectors.astype(hidden.dtype),
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
+        if head.bias is not None:
+            scores = scores + head.bias.astype(jnp.float32)
+        scores = constrain(scores, *names)
+        return head.soft_cap * jnp.tanh(scores / head.soft_cap) if head.soft_cap else scores
+
+    return automatic(run, placed(*names), params, hidden)
 
 
 def stats_of(
@@ -49,15 +59,16 @@ def stats_of(
       options: `scale`, `temperature` and `active` [*B], `keys` [*B, 2], and the others of
         `token_stats`.
     """
-    lead, head = hidden.shape[:-1], head_of(model, params)
-    for name in ("scale", "temperature", "active", "keys"):
-        if options.get(name) is not None and options[name].ndim:
-            options[name] = options[name].reshape(-1, *options[name].shape[len(lead) :])
-    found = token_stats(
-        hidden.reshape(-1, hidden.shape[-1]), head.vectors, bias=head.bias, soft_cap=head.soft_cap,
-        **options,
-    )  # fmt: skip
-    return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), found)
+    names = ("scale", "temperature", "active", "keys")
+    arrays = {name: options.pop(name) for name in names if options.get(name) is not None}
+
+    def run(head: Head, arrays, axis_name) -> TokenStats:
+        return token_stats(
+            vocabulary=head.vectors, bias=head.bias, soft_cap=head.soft_cap, axis_name=axis_name,
+            **arrays, **options,
+        )  # fmt: skip
+
+    return _by_rows(run, model, params, hidden=hidden, **arrays)
 
 
 def scores_of(
@@ -68,16 +79,17 @@ def scores_of(
     scale: Float[Array, "*B"] | None = None,
 ) -> Float[Array, "*B"]:
     """The score of one token at each position."""
-    head = head_of(model, params)
-    found = scores_at(
-        hidden.reshape(-1, hidden.shape[-1]),
-        head.vectors,
-        jnp.broadcast_to(ids, hidden.shape[:-1]).reshape(-1, 1),
-        bias=head.bias,
-        scale=None if scale is None else scale.reshape(-1),
-        soft_cap=head.soft_cap,
-    )
-    return found.reshape(hidden.shape[:-1])
+    arrays = {"ids": jnp.broadcast_to(ids, hidden.shape[:-1])}
+    if scale is not None:
+        arrays["scale"] = scale
+
+    def run(head: Head, arrays, axis_name) -> jax.Array:
+        return scores_at(
+            arrays["hidden"], head.vectors, arrays["ids"][:, None], bias=head.bias,
+            scale=arrays.get("scale"), soft_cap=head.soft_cap, axis_name=axis_name,
+        )[:, 0]  # fmt: skip
+
+    return _by_rows(run, model, params, hidden=hidden, **arrays)
 
 
 def cross_entropy_of(
@@ -88,12 +100,48 @@ def cross_entropy_of(
     forbidden: tuple[int, ...] = (),
 ) -> CrossEntropy:
     """`pallas_kernels.cross_entropy` of hidden states; its arrays have their leading axes."""
-    head = head_of(model, params)
-    found = cross_entropy(
-        hidden.reshape(-1, hidden.shape[-1]), head.vectors, targets.reshape(-1), bias=head.bias,
-        soft_cap=head.soft_cap, forbidden=forbidden,
-    )  # fmt: skip
-    return jax.tree.map(lambda x: x.reshape(targets.shape), found)
+
+    def run(head: Head, arrays, axis_name) -> CrossEntropy:
+        return cross_entropy(
+            arrays["hidden"], head.vectors, arrays["targets"], bias=head.bias,
+            soft_cap=head.soft_cap, forbidden=forbidden, axis_name=axis_name,
+        )  # fmt: skip
+
+    return _by_rows(run, model, params, hidden=hidden, targets=targets)
+
+
+def _by_rows(run: Callable[..., Any], model: nn.Module, params: Params, **arrays: jax.Array) -> Any:
+    """`run(head, arrays, axis_name)` of flat rows; its results have the leading axes of `hidden`.
+
+    On a mesh, each device has rows of its own, and, over the axis "tensor", tokens of its own:
+    `axis_name` then says so.
+
+    Args:
+      arrays: `hidden` [*B, D], and others [*B, ...], or scalars.
+    """
+    lead = arrays["hidden"].ndim - 1
+
+    def flat(head: Head, arrays, axis_name):
+        shape = arrays["hidden"].shape[:-1]
+        rows = {name: x.reshape(-1, *x.shape[lead:]) if x.ndim else x for name, x in arrays.items()}
+        found = run(head, rows, axis_name)
+        return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), found)
+
+    def whole(params, arrays):
+        head = head_of(model, params)
+        if not axis_sizes():
+            return flat(head, arrays, None)
+        by = split("vocab", len(head.vectors))
+        shape = arrays["hidden"].shape[:-1]
+        rows = spec(*(split(name, n) for name, n in zip(_ROWS, shape, strict=False)))
+        specs = {name: rows if x.ndim else spec() for name, x in arrays.items()}
+
+        def own(vectors, bias, arrays):
+            return flat(Head(vectors, bias, head.soft_cap), arrays, by[0] if by else None)
+
+        return mapped(own, (spec(by), spec(by), specs), rows)(head.vectors, head.bias, arrays)
+
+    return automatic(whole, placed(*_ROWS[:lead]), params, arrays)
 
 
 def mask_in_vocabulary(config: Any) -> tuple[int, ...]:

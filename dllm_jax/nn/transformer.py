@@ -18,17 +18,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dllm_jax.cache import KVCache, allocate
+from dllm_jax.cache import AXES, KVCache, allocate
 from dllm_jax.nn import remat
 from dllm_jax.nn.adapters import AdapterConfig, low_rank
 from dllm_jax.nn.head import Head
 from dllm_jax.nn.transformer_tree import transformer_tree
 from dllm_jax.nn.tree import init, param_shapes
+from dllm_jax.ops.attention import attention
+from dllm_jax.ops.embedding import lookup
 from dllm_jax.ops.moe import MoEConfig, Stack, experts, route
 from dllm_jax.ops.norm import rms_norm
-from dllm_jax.ops.rope import rope_angles, rotate
+from dllm_jax.ops.rope import RopeScaling, rope_angles, rotate
+from dllm_jax.sharding import automatic, constrain, spec_of
 from dllm_jax.typing import Params
-from pallas_kernels import BlockMask, block_attention
+from pallas_kernels import BlockMask
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,7 @@ class TransformerConfig:
     ffn_dim: int
     max_length: int = 8192
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None  # for texts longer than those of the first training
     rotary_dim: int = 0  # RoPE turns the first ones of each head; 0: the whole head
     norm_eps: float = 1e-5
     tied_head: bool = False  # the output projection is the embedding, transposed
@@ -131,11 +135,23 @@ class Output(NamedTuple):
     kv: Any  # [Ly, B, K, Q, 2 * H]: the entries' own keys and values, ready for `cache.append`
 
 
+_TREES = (jax.Array, KVCache, tuple)  # what is traced among the options of a pass
+
+
 def forward(model: nn.Module, params: Params, tokens: Int[Array, "B Q"], **options: Any) -> Output:
     """One forward pass of any of our modules; `options` are those of its `__call__`."""
-    out = model.apply({"params": params}, tokens, **options)
-    assert isinstance(out, Output)
-    return out
+    arrays = {name: x for name, x in options.items() if isinstance(x, _TREES)}
+    static = {name: x for name, x in options.items() if name not in arrays}
+
+    def run(params, tokens, arrays):
+        out = model.apply({"params": params}, tokens, **arrays, **static)
+        assert isinstance(out, Output)
+        return out
+
+    def place(path, shape):
+        return spec_of(shape, *(AXES if ".kv" in path else ("batch", "length")))
+
+    return automatic(run, place, params, tokens, arrays)
 
 
 class Transformer(nn.Module):
@@ -191,20 +207,24 @@ class Transformer(nn.Module):
                 adapter = None
             else:
                 gate = jnp.equal(tokens, config.mask_id)
-        angles = rope_angles(positions, config.rotary_dim or config.head_dim, config.rope_theta)
+        angles = rope_angles(
+            positions, config.rotary_dim or config.head_dim, config.rope_theta,
+            config.rope_scaling, config.max_length,
+        )  # fmt: skip
         context = _Context(config, mask, angles, adapter, gate, cache, cache_end, hole, lengths)
         hidden = embed(tree, config, tokens, gate)
         hidden, kv = _run(context, tree, hidden, frozen_layers)
-        return Output(rms_norm(hidden, tree["final_norm"], config.norm_eps), kv)
+        hidden = rms_norm(hidden, tree["final_norm"], config.norm_eps)
+        return Output(constrain(hidden, "batch", "length"), kv)
 
     def head(self) -> Head:
         """The output projection."""
         return Head(self.tree["embed" if self.config.tied_head else "head"])
 
-    def cache(self, batch: int, slots: int) -> KVCache:
-        """An empty cache for this architecture."""
+    def cache(self, batch: int, slots: int, dtype: str | None = None) -> KVCache:
+        """An empty cache for this architecture, in the dtype of its activations or another."""
         c = self.config
-        return allocate(c.num_layers, batch, c.num_kv_heads, slots, c.head_dim, c.dtype)
+        return allocate(c.num_layers, batch, c.num_kv_heads, slots, c.head_dim, dtype or c.dtype)
 
 
 def embed(
@@ -214,11 +234,11 @@ def embed(
     gate: Bool[Array, "B Q"] | None,
 ) -> Float[Array, "B Q D"]:
     """Token embeddings; a mask token's, where the gate is open, is the adapter's."""
-    hidden = jnp.take(tree["embed"], tokens, axis=0, mode="clip").astype(config.dtype)
+    hidden = lookup(tree["embed"], tokens).astype(config.dtype)
     if gate is not None:
         own = tree["adapter"]["mask_embedding"].astype(config.dtype)
         hidden = jnp.where(gate[..., None], own, hidden)
-    return hidden
+    return constrain(hidden, "batch", "length")
 
 
 class _Context(NamedTuple):
@@ -298,13 +318,14 @@ def _layer(
     q, k = rotate(q, *context.angles), rotate(k, *context.angles)
     cached: dict[str, Any] = {}
     if context.cache is not None:
-        cached = {"cache": context.cache.kv, "layer": number}
-    mixed = block_attention(
+        cached = context.cache.layer(number)
+    mixed = attention(
         q, k, v, context.mask, **cached, cache_end=context.cache_end, hole=context.hole,
         lengths=context.lengths,
     )  # fmt: skip
     mixed = mixed.reshape(*mixed.shape[:2], -1)
     hidden = hidden + project(mixed, p["o"].reshape(-1, config.dim), "o", "bqi,id->bqd")
+    hidden = constrain(hidden, "batch", "length")
     p = base["mlp"]
     x = rms_norm(hidden, p["norm"], config.norm_eps)
     if config.moe and "router" in p:
@@ -313,6 +334,7 @@ def _layer(
         gated = nn.silu(project(x, p["gate"], "gate", "bqd,df->bqf"))
         gated = gated * project(x, p["up"], "up", "bqd,df->bqf")
         hidden = hidden + project(gated, p["down"], "down", "bqf,fd->bqd")
+    hidden = constrain(hidden, "batch", "length")
     kv = jnp.concatenate([k, v], axis=-1)  # [B, Q, K, 2 * H]
     return hidden, jnp.moveaxis(kv, 1, 2)
 
@@ -324,8 +346,8 @@ def _mixture(config: MoEConfig, p: Params, stack: Stack | None, x: jax.Array) ->
     wide = flat.astype(jnp.float32), p["router"].astype(jnp.float32)
     logits = jnp.einsum("td,de->te", *wide, precision="highest")
     chosen, weights = route(logits, p.get("router_bias"), config)
-    mixed = experts(flat, chosen, weights, p["gate"], p["up"], p["down"], stack=stack)
-    mixed = mixed.reshape(x.shape)
+    chosen, weights = (y.reshape(*x.shape[:-1], -1) for y in (chosen, weights))
+    mixed = experts(x, chosen, weights, p["gate"], p["up"], p["down"], stack=stack)
     if config.shared_ffn_dim:
         gate, up, down = (p[f"shared_{name}"].astype(x.dtype) for name in ("gate", "up", "down"))
         mixed = mixed + (nn.silu(x @ gate) * (x @ up)) @ down

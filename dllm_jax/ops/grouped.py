@@ -37,20 +37,23 @@ def tiles(chosen: Int[Array, "T k"], groups: int, at_once: int) -> Tiles:
     """The tiles of tokens that chose `k` of so many groups each.
 
     Args:
+      chosen: a number that no group has is nobody's: it has no row, and a slot past the last.
       at_once: the number of tiles is a multiple of it.
     """
     pairs, size = chosen.size, rows_per_tile(chosen.size, groups)
     flat = chosen.reshape(-1)
     order = jnp.argsort(flat)  # stable: tokens of one group stay in their order
     sizes = jnp.bincount(flat, length=groups)
-    rank = jnp.zeros(pairs, jnp.int32).at[order].set(jnp.arange(pairs, dtype=jnp.int32))
+    place = jnp.arange(pairs, dtype=jnp.int32)
+    rank = jnp.zeros(pairs, jnp.int32).at[order].set(place)
     rank = rank - (jnp.cumsum(sizes) - sizes)[flat]
     filled = -(-sizes // size)
     ends = jnp.cumsum(filled)
     slot = (ends - filled)[flat] * size + rank
     most = min(pairs, (pairs + groups * (size - 1)) // size)
     most = -(-most // at_once) * at_once
-    tokens = jnp.arange(pairs, dtype=jnp.int32) // chosen.shape[1]
+    slot = jnp.where(flat < groups, slot, most * size + place)
+    tokens = place // chosen.shape[1]
     source = jnp.full(most * size, len(chosen), jnp.int32).at[slot].set(tokens, unique_indices=True)
     group = (jnp.arange(most)[:, None] >= ends).sum(axis=1)
     return Tiles(

@@ -7,13 +7,14 @@ so the work is that of the experts chosen, not of all of them.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dllm_jax.ops.grouped import multiply, ragged, tiles
+from dllm_jax.sharding import axis_sizes, mapped, spec, split
 from pallas_kernels.platform import kernels_of
 
 _TILES_ON_GPU = 16  # of one step: a step of one is launches and little else
@@ -94,16 +95,16 @@ class Stack(NamedTuple):
 
 
 def experts(
-    x: Float[Array, "T D"],
-    chosen: Int[Array, "T k"],
-    weights: Float[Array, "T k"],
+    x: Float[Array, "*T D"],
+    chosen: Int[Array, "*T k"],
+    weights: Float[Array, "*T k"],
     gate: Float[Array, "E D F"],
     up: Float[Array, "E D F"],
     down: Float[Array, "E F D"],
     activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
     *,
     stack: Stack | None = None,
-) -> Float[Array, "T D"]:
+) -> Float[Array, "*T D"]:
     """The weighted sum of each token's experts, down(activation(gate(x)) * up(x)).
 
     The matrices multiply in the dtype of `x`; the sum over a token's experts is in float32. The
@@ -111,51 +112,97 @@ def experts(
 
     TPUs multiply by `lax.ragged_dot`, which is grouped there, CPUs and GPUs by `grouped.multiply`.
 
+    On a mesh, each device runs its own experts (axis "expert"), or its own columns of them
+    ("tensor"). Tokens that lie along the expert axis, as rows of a batch do, are gathered for that,
+    and what the devices made of them is added up where they came from.
+
     Args:
+      x, chosen, weights: of tokens, or of rows of them: [B, T, ...].
       stack: where `gate`, `up` and `down` lie among those of other layers. A loop over experts
         reads them there, so that a scan which hands the layers round copies none of them.
         Gradients go to the matrices alone: put the stack in `stop_gradient` before the scan.
     """
     own = gate, up, down
+    sizes = axis_sizes()
+    if not sizes:
+        return _of_tokens(activation, x, chosen, weights, own, stack)
+    rows = split("batch", len(x)), *(split("length", n) for n in x.shape[1:2] if x.ndim > 2)
+    by, columns = split("expert", len(gate)), split("ffn", gate.shape[2])
+    lie = spec(by, None, columns), spec(by, None, columns), spec(by, columns)
+    arrays: dict[str, Any] = {"x": x, "chosen": chosen, "weights": weights, "own": own}
+    specs: dict[str, Any] = {**dict.fromkeys(arrays, spec(*rows)), "own": lie}
+    if stack is not None and "fsdp" not in sizes:  # over it, all layers would be gathered
+        arrays["stack"] = stack
+        specs["stack"] = jax.tree.unflatten(
+            jax.tree.structure(stack), (spec(), *(spec(None, *each) for each in lie))
+        )
+
+    def run(arrays):
+        travels = by and by[0] in rows[0]
+        x, chosen, weights = arrays["x"], arrays["chosen"], arrays["weights"]
+        if travels:
+            x, chosen, weights = jax.lax.all_gather((x, chosen, weights), *by, tiled=True)
+        if by:
+            count = len(arrays["own"][0])
+            chosen = chosen - jax.lax.axis_index(*by) * count
+            here = (chosen >= 0) & (chosen < count)
+            chosen, weights = jnp.where(here, chosen, count), jnp.where(here, weights, 0)
+        made = _of_tokens(activation, x, chosen, weights, arrays["own"], arrays.get("stack"), by)
+        if columns:
+            made = jax.lax.psum(made, columns)
+        if travels:
+            return jax.lax.psum_scatter(made, *by, tiled=True)
+        return jax.lax.psum(made, by) if by else made
+
+    return mapped(run, (specs,), specs["x"])(arrays)
+
+
+def _of_tokens(activation, x, chosen, weights, own, stack, by=()) -> jax.Array:
+    """`experts` of one device.
+
+    Args:
+      by: whether there are others, whose pairs have a number that no expert here has.
+    """
     if stack is None:
         stack = Stack(jnp.int32(0), *(matrices[None] for matrices in jax.lax.stop_gradient(own)))
-    return _experts(activation, x, chosen, weights, own, stack)
+    flat = (y.reshape(-1, y.shape[-1]) for y in (x, chosen, weights))
+    return _experts(activation, bool(by), *flat, own, stack).reshape(x.shape)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _experts(activation, *args):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _experts(activation, partly, *args):
     def run(way, *args):
         return way(activation, *args)
 
-    return _on_platform(run, *args)
+    return _on_platform(partly, run, *args)
 
 
-def _forward(activation, *args):
-    return _experts(activation, *args), args
+def _forward(activation, partly, *args):
+    return _experts(activation, partly, *args), args
 
 
-def _backward(activation, saved, grad):
+def _backward(activation, partly, saved, grad):
     def pull(way, x, chosen, weights, own, stack, grad):
         def run(x, weights, own):
             return way(activation, x, chosen, weights, own, stack)
 
         return jax.vjp(run, x, weights, own)[1](grad)
 
-    x, weights, own = _on_platform(pull, *saved, grad)
+    x, weights, own = _on_platform(partly, pull, *saved, grad)
     return x, None, weights, own, None
 
 
 _experts.defvjp(_forward, _backward)
 
 
-def _on_platform(run, *args):
+def _on_platform(partly, run, *args):
     """`run` with the way to multiply of the platform that the program is compiled for."""
     return jax.lax.platform_dependent(
         *args,
         cpu=partial(run, partial(_tiled, 1)),
         cuda=partial(run, partial(_tiled, _TILES_ON_GPU)),
         # Over several devices the stack would be gathered as a whole, not layer by layer.
-        default=partial(run, partial(_ragged, kernels_of() == "tpu")),
+        default=partial(run, partial(_ragged, kernels_of() == "tpu", partly=partly)),
     )
 
 
@@ -168,14 +215,18 @@ def _tiled(at_once, activation, x, chosen, weights, own, stack):
     gate, up, down = zip(own, stack[1:], strict=True)
     rows = x.at[lie.source].get(mode="fill", fill_value=0)
     out = product(activation(product(rows, *gate)) * product(rows, *up), *down)
-    return _summed(out.reshape(-1, out.shape[-1])[lie.slot], weights).astype(x.dtype)
+    out = out.reshape(-1, out.shape[-1]).at[lie.slot].get(mode="fill", fill_value=0)
+    return _summed(out, weights).astype(x.dtype)
 
 
-def _ragged(stacked, activation, x, chosen, weights, own, stack):
+def _ragged(stacked, activation, x, chosen, weights, own, stack, *, partly=False):
     flat = chosen.reshape(-1)
     order = jnp.argsort(flat)  # stable: pairs of one expert stay in the order of their tokens
     sizes = jnp.bincount(flat, length=len(own[0])).astype(jnp.int32)
-    rows = x[order // chosen.shape[1]]
+
+    def kept(rows):
+        """Nothing in the rows of other devices' pairs, the last ones, which no group has."""
+        return jnp.where(jnp.arange(len(rows))[:, None] < sizes.sum(), rows, 0) if partly else rows
 
     def product(rows, own, matrices):
         if not stacked:
@@ -183,7 +234,8 @@ def _ragged(stacked, activation, x, chosen, weights, own, stack):
         return ragged(rows, own, matrices, stack.layer, sizes)
 
     gate, up, down = zip(own, stack[1:], strict=True)
-    out = product(activation(product(rows, *gate)) * product(rows, *up), *down)
+    rows = kept(x[order // chosen.shape[1]])
+    out = kept(product(activation(product(rows, *gate)) * product(rows, *up), *down))
     out = jnp.zeros_like(out).at[order].set(out, unique_indices=True)
     return _summed(out.reshape(*chosen.shape, -1), weights).astype(x.dtype)
 

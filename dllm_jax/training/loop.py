@@ -29,7 +29,7 @@ from dllm_jax import distributed
 from dllm_jax.data import Conversations, batches
 from dllm_jax.losses import Objective
 from dllm_jax.nn.transformer import Transformer
-from dllm_jax.sharding import FSDP_TENSOR, Rules, shardings
+from dllm_jax.sharding import EVERY, Rules, mesh_of, scope, shardings
 from dllm_jax.training import checkpoints, records
 from dllm_jax.training.step import TrainState, make_train_step
 from dllm_jax.typing import Key, Params
@@ -72,7 +72,7 @@ def fit(
     source: Conversations,
     heldout: Conversations | None = None,
     *,
-    rules: Rules = FSDP_TENSOR,
+    rules: Rules = EVERY,
 ) -> TrainState:
     """Trains until `config.steps`, the time budget, or a signal; continues what the folder holds.
 
@@ -106,7 +106,7 @@ def fit(
     numbers = {"seed": config.seed, **shape, "conversations": len(source)}
     folder = config.checkpoints or run / "checkpoints"
     first, alone = distributed.is_first(), jax.process_count() == 1
-    with _scope(mesh), records.interrupts() as interrupted:
+    with scope(params), records.interrupts() as interrupted:
         state = _restore(folder, state, data, numbers)
         done = int(state.step)
 
@@ -149,7 +149,7 @@ def fit(
 
 def evaluate(
     model: Transformer, params: Params, objective: Objective, source: Conversations, *, batch: int,
-    length: int, seed: int = 0, limit: int = 64, rules: Rules = FSDP_TENSOR,
+    length: int, seed: int = 0, limit: int = 64, rules: Rules = EVERY,
 ) -> dict[str, float]:  # fmt: skip
     """Mean figures of the objective over `limit` conversations, the same ones for the same seed."""
     mesh = _mesh_of(params)
@@ -159,7 +159,7 @@ def evaluate(
     data = batches(source, batch=batch, length=length, pad_id=pad_id, seed=seed, rows=feed.rows)
     count = max(1, min(limit, len(source)) // batch)
     key = jax.random.key(seed)
-    with _scope(mesh):
+    with scope(params):
         rows = [
             jax.device_get(
                 _figures(
@@ -238,22 +238,13 @@ def _divides(home: NamedSharding, batch: int) -> bool:
 
 def _mesh_of(params: Params) -> Mesh | None:
     """The mesh that parameters lie on; None: they are on one device."""
-    home = jax.tree.leaves(params)[0].sharding
-    if isinstance(home, NamedSharding) and isinstance(home.mesh, Mesh) and home.mesh.size > 1:
-        return home.mesh
-    if jax.process_count() > 1:
+    mesh = mesh_of(params)
+    if mesh is None and jax.process_count() > 1:
         raise ValueError(
             f"{jax.process_count()} processes train on one mesh of all their devices: place the "
             "parameters on it (load with mesh=make_mesh())"
         )
-    return None
-
-
-def _scope(mesh: Mesh | None) -> contextlib.AbstractContextManager:
-    """The mesh in scope, unless there is one."""
-    if mesh is None or not jax.sharding.get_mesh().empty:
-        return contextlib.nullcontext()
-    return jax.set_mesh(mesh)
+    return mesh
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from dllm_jax.losses import Objective
 from dllm_jax.nn.transformer import Transformer
-from dllm_jax.sharding import Rules, shardings
+from dllm_jax.sharding import Rules, as_they_lie, automatic, shardings
 from dllm_jax.typing import Key, Params
 
 
@@ -78,6 +78,11 @@ def make_train_step(
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
 def _step(model, objective, tx, accumulate, state: TrainState, params: Params, batch, key: Key):
+    run = partial(_stepped, model, objective, tx, accumulate)
+    return automatic(run, as_they_lie((state,)), state, params, batch, key)
+
+
+def _stepped(model, objective, tx, accumulate, state: TrainState, params: Params, batch, key: Key):
     noise = jax.random.fold_in(key, state.step)
     if accumulate == 1:
 
