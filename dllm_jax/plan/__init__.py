@@ -91,6 +91,7 @@ def plan(
     recipe: str | None = None,
     dtype: str = "bfloat16",
     cache_dtype: str | None = None,
+    accumulate: int = 1,
     tokens_per_forward: float | None = None,
     effort: str = "low",
     compiling: bool = True,
@@ -109,7 +110,8 @@ def plan(
       mesh: the size of each axis, of data, fsdp, expert, context and tensor; None suits the model.
       recipe: None is the one that the model is published with.
       dtype: of activations, cache and (but in training) weights.
-      cache_dtype: of the cache, in closed form alone.
+      cache_dtype: of the cache: "int8" with its scales, or as activations by default.
+      accumulate: parts of a batch that are trained on one after the other.
       tokens_per_forward: that a row writes in a pass; None is what is reported for the model, or 1.
       effort: "low" compiles in seconds what "full" compiles as for a run.
       compiling: False answers in closed form.
@@ -121,11 +123,11 @@ def plan(
     own = _topology(topology)
     asked = setting(
         model, mode, batch=batch, context=context, block=block, recipe=recipe, dtype=dtype,
-        tokens_per_forward=tokens_per_forward,
+        cache_dtype=cache_dtype, accumulate=accumulate, tokens_per_forward=tokens_per_forward,
     )  # fmt: skip
     sizes = layout(own, mesh, default_layout(asked.config, mode, own, batch))
-    memory = memory_of(asked, sizes, cache_dtype)
-    compiled, reason = None, _reason(own, compiling, cache_dtype)
+    memory = memory_of(asked, sizes)
+    compiled, reason = None, _reason(own, compiling)
     fits = sum(memory.values()) <= own.chip.hbm
     if reason is None:
         told(f"compiling {mode} of {model} for {own.name}")
@@ -140,7 +142,7 @@ def plan(
 
     def held(batch: int = batch, context: int = context) -> float:
         changed = dataclasses.replace(asked, batch=batch, context=context)
-        return extra * sum(memory_of(changed, sizes, cache_dtype).values())
+        return extra * sum(memory_of(changed, sizes).values())
 
     work = work_of(asked, sizes)
     step = math.prod(sizes[axis] for axis in ("data", "fsdp", "expert"))
@@ -162,14 +164,12 @@ def _topology(name: str) -> Topology:
     return topology(name)
 
 
-def _reason(own: Topology, compiling: bool, cache_dtype: str | None) -> str | None:
+def _reason(own: Topology, compiling: bool) -> str | None:
     """Why a program is not compiled, if it is not."""
     if not compiling:
         return "not asked for"
     if not own.is_tpu:
         return "programs are compiled for TPUs alone"
-    if cache_dtype is not None:
-        return f"a cache in {cache_dtype} is planned in closed form alone"
     if not has_compiler("tpu"):
         return "the TPU compiler is not installed: pip install 'dllm-jax[aot]'"
     return None

@@ -7,9 +7,7 @@ from dllm_jax.plan.setting import Setting
 from dllm_jax.recipes import Verified
 
 
-def memory_of(
-    own: Setting, layout: Mapping[str, int], cache_dtype: str | None = None
-) -> dict[str, int]:
+def memory_of(own: Setting, layout: Mapping[str, int]) -> dict[str, int]:
     """Bytes by role, of each device."""
     if own.mode == "train":
         return roofline.train_memory(own.config, layout, batch=own.batch, length=own.context)
@@ -18,7 +16,12 @@ def memory_of(
     if own.mode == "decode" and _rides(own):
         entries = 2 * own.block
     return roofline.decode_memory(
-        own.config, layout, batch=own.batch, slots=slots, entries=entries, cache_dtype=cache_dtype
+        own.config,
+        layout,
+        batch=own.batch,
+        slots=slots,
+        entries=entries,
+        cache_dtype=own.cache_dtype,
     )
 
 

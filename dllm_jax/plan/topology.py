@@ -9,10 +9,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from dllm_jax.roofline import CHIPS, Chip
+from dllm_jax.sharding import AXES
 from dllm_jax.testing.aot import has_compiler, tpu_topology
-
-AXES = ("data", "fsdp", "expert", "context", "tensor")
-"""Of a mesh, the neighbours last."""
 
 
 class Topology(NamedTuple):
