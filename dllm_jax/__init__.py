@@ -26,7 +26,15 @@ if TYPE_CHECKING:
         sharding,
         training,
     )
-    from dllm_jax.checkpoint import convert, export, load, load_adapter, save, save_adapter
+    from dllm_jax.checkpoint import (
+        convert,
+        export,
+        load,
+        load_adapter,
+        load_part,
+        save,
+        save_adapter,
+    )
     from dllm_jax.decode.generate import Prompt, generate, infill, pad, stream
     from dllm_jax.decode.state import DecodeState, Result, result
     from dllm_jax.generation_config import load_recipe, save_recipe
@@ -36,7 +44,15 @@ if TYPE_CHECKING:
     from dllm_jax.trajectory import Trajectory, record
 
 _NAMES = {
-    "checkpoint": ("convert", "export", "load", "load_adapter", "save", "save_adapter"),
+    "checkpoint": (
+        "convert",
+        "export",
+        "load",
+        "load_adapter",
+        "load_part",
+        "save",
+        "save_adapter",
+    ),
     "decode.generate": ("Prompt", "generate", "infill", "pad", "stream"),
     "decode.state": ("DecodeState", "Result", "result"),
     "generation_config": ("load_recipe", "save_recipe"),
@@ -69,6 +85,7 @@ __all__ = [
     "likelihood",
     "load",
     "load_adapter",
+    "load_part",
     "load_recipe",
     "losses",
     "make_mesh",

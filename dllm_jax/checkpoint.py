@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,24 @@ from dllm_jax.models.adapters import read_adapter, save_adapter
 from dllm_jax.models.export import write_published, write_tokenizer
 from dllm_jax.models.folders import check_tree, facts_of, read_facts, whole
 from dllm_jax.models.peft import is_peft, read_peft, with_peft
-from dllm_jax.models.tensors import leaves
+from dllm_jax.models.placing import Placement, on_devices
 from dllm_jax.nn.transformer import TransformerConfig
-from dllm_jax.nn.tree import param_axes, param_shapes
-from dllm_jax.sharding import EVERY, Rules, shardings
+from dllm_jax.nn.tree import param_shapes
+from dllm_jax.sharding import Rules
 from dllm_jax.sources import Damaged
 from dllm_jax.tokenizer import Tokenizer
 from dllm_jax.typing import Params
 
-__all__ = ["convert", "export", "load", "load_adapter", "read_config", "save", "save_adapter"]
+__all__ = [
+    "convert",
+    "export",
+    "load",
+    "load_adapter",
+    "load_part",
+    "read_config",
+    "save",
+    "save_adapter",
+]
 
 PathLike = str | os.PathLike[str]
 
@@ -78,7 +88,7 @@ def load(
       ValueError: the model is of an unknown kind, or its files are damaged or do not fit together.
     """
     found, name = sources.resolve(source), _dtype_name(dtype)
-    place = _Placement(mesh, rules)
+    place = Placement(mesh, rules)
     peft = adapter if adapter and adapter != "auto" and is_peft(adapter) else None
     if peft and found.kind != "published":
         raise ValueError(
@@ -96,7 +106,7 @@ def load(
             own, arrays = read_peft(opened, peft)
             config = dataclasses.replace(config, adapter=own)
             homes = place.shardings(config)["adapter"]
-            cast = lambda array, home: _put(array.astype(config.param_dtype), home)  # noqa: E731
+            cast = lambda array, home: on_devices(array.astype(config.param_dtype), home)  # noqa: E731
             params = {**params, "adapter": jax.tree.map(cast, arrays, homes)}
         if peft:
             adapter = None
@@ -109,6 +119,40 @@ def load(
         config, own = load_adapter(adapter, config, mesh=mesh, rules=rules)
         params = {**params, "adapter": own}
     return config.build(), params
+
+
+def load_part(
+    source: PathLike,
+    names: Sequence[str],
+    *,
+    dtype: str | np.dtype | type | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
+) -> Params:
+    """Some of a model's parameters (`("head",)`, `("adapter",)`), as `load` gives all of them.
+
+    Nothing else is read.
+
+    Args:
+      source: a published folder with safetensors, or a folder that `save` or `convert` wrote.
+      names: of top-level entries of the parameter tree.
+      dtype, mesh, rules: as in `load`.
+
+    Raises:
+      FileNotFoundError: no such model, or a file of it is missing.
+      ValueError: it has no such entries, is of another kind, or its files are damaged.
+    """
+    found, name, place = sources.resolve(source), _dtype_name(dtype), Placement(mesh, rules)
+    if found.kind == "gguf":
+        raise ValueError(f"{found.path} is read as a whole: load it, and take the parts")
+    config = read_config(found)
+    unknown = sorted(set(names) - param_shapes(config).keys())
+    if unknown or not names:
+        known = sorted(param_shapes(config))
+        raise ValueError(f"{found.path} has no part {unknown}; name some of {known}")
+    if found.kind == "published":
+        return _load_weights(weights.open_folder(found.path), name, place, tuple(names))[1]
+    return _load_folder(found.path, name, place, names=tuple(names))[1]
 
 
 def save(
@@ -199,8 +243,8 @@ def load_adapter(
       ValueError: a file is damaged, or the adapter belongs to another model.
     """
     config, arrays = read_adapter(folder, config)
-    homes = _Placement(mesh, rules).shardings(config)["adapter"]
-    return config, jax.tree.map(_put, arrays, homes)
+    homes = Placement(mesh, rules).shardings(config)["adapter"]
+    return config, jax.tree.map(on_devices, arrays, homes)
 
 
 def read_config(found: sources.Source) -> Any:
@@ -215,45 +259,7 @@ def read_config(found: sources.Source) -> Any:
     return read_facts(found.path).config
 
 
-# Placing
-
-
-@dataclasses.dataclass(frozen=True)
-class _Placement:
-    """Where parameters go: a mesh by rules, the default device, or (host) NumPy arrays."""
-
-    mesh: Mesh | None = None
-    rules: Rules | None = None
-    host: bool = False
-
-    def shardings(self, config: Any) -> Params:
-        """The parameter tree of shardings."""
-        mesh = jax.sharding.get_mesh() if self.mesh is None else self.mesh
-        shapes = param_shapes(config)
-        if mesh.empty:
-            single = jnp.zeros(()).sharding
-            return jax.tree.map(lambda _: single, shapes)
-        return shardings(param_axes(config), mesh, self.rules or EVERY, shapes=shapes)
-
-    def targets(self, config: Any, dtypes: Any) -> Any:
-        """The tree of what Orbax is to restore."""
-        shapes = param_shapes(config)
-        if self.host:
-            return jax.tree.map(lambda s, dtype: np.empty(s.shape, dtype), shapes, dtypes)
-        return jax.tree.map(
-            lambda s, dtype, where: jax.ShapeDtypeStruct(s.shape, dtype, sharding=where),
-            shapes,
-            dtypes,
-            self.shardings(config),
-        )
-
-
-_HOST = _Placement(host=True)
-
-
-def _put(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """A host array on its devices; each process gives the shards of its own."""
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+_HOST = Placement(host=True)
 
 
 def _dtype_name(dtype: Any) -> str | None:
@@ -269,17 +275,18 @@ def _dtype_name(dtype: Any) -> str | None:
 
 
 def _load_weights(
-    opened: weights.Weights, dtype: str | None, place: _Placement
+    opened: weights.Weights,
+    dtype: str | None,
+    place: Placement,
+    names: tuple[str, ...] | None = None,
 ) -> tuple[Any, Params]:
     dtype = dtype or opened.config.param_dtype
     config = dataclasses.replace(opened.config, dtype=dtype, param_dtype=dtype)
-    if place.host:
-        return config, weights.assemble(opened, dtype)
-    homes = dict(leaves(place.shardings(config)))
-    return config, weights.assemble(opened, dtype, lambda path, array: _put(array, homes[path]))
+    homes = None if place.host else place.shardings(config)
+    return config, weights.assemble(opened, dtype, homes, names)
 
 
-def _load_gguf(found: sources.Source, dtype: str | None, place: _Placement) -> tuple[Any, Params]:
+def _load_gguf(found: sources.Source, dtype: str | None, place: Placement) -> tuple[Any, Params]:
     """From the cache, or from the file where the cache has no good copy, which it then gets."""
     entry = sources.cache_entry(found.path)
     alone = jax.process_count() == 1  # the hosts of a pod do not share a cache folder
@@ -301,7 +308,7 @@ def _load_gguf(found: sources.Source, dtype: str | None, place: _Placement) -> t
     dtype = dtype or config.param_dtype
     config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
     return config, jax.tree.map(
-        lambda array, where: _put(array.astype(jnp.dtype(dtype), copy=False), where),
+        lambda array, where: on_devices(array.astype(jnp.dtype(dtype), copy=False), where),
         host,
         place.shardings(config),
     )
@@ -320,7 +327,11 @@ def _gguf_tokenizer(reader: gguf.GGUFReader) -> Tokenizer | None:
 
 
 def _load_folder(
-    folder: epath.Path, dtype: str | None, place: _Placement, keep_adapter: bool = True
+    folder: epath.Path,
+    dtype: str | None,
+    place: Placement,
+    keep_adapter: bool = True,
+    names: tuple[str, ...] | None = None,
 ) -> tuple[Any, Params]:
     facts = read_facts(folder)
     config = facts.config
@@ -352,8 +363,10 @@ def _load_folder(
     asked: Any = stored if dtype is None else param_shapes(config)
     dtypes = jax.tree.map(lambda leaf: leaf.dtype, asked)
     targets = place.targets(config, dtypes)
+    if names is not None:
+        targets = {name: targets[name] for name in names}
     context = ocp.Context()
-    context.pytree.loading.partial_load = drop
+    context.pytree.loading.partial_load = drop or names is not None
     try:
         with context:
             params: Any = ocp.load(folder / "params", targets)

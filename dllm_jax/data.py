@@ -6,6 +6,7 @@ position (`get_state`, `set_state`) goes into a checkpoint with the parameters.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
@@ -72,9 +73,19 @@ class Conversations:
 
 
 def batches(
-    source: Conversations, *, batch: int, length: int, pad_id: int, seed: int
+    source: Conversations,
+    *,
+    batch: int,
+    length: int,
+    pad_id: int,
+    seed: int,
+    rows: Sequence[int] | np.ndarray | None = None,
 ) -> grain.DatasetIterator:
     """Endless shuffled batches of dicts; another order every epoch, the same for the same seed.
+
+    Args:
+      rows: of each batch, those to read: a process's share. All of them by default. What a batch
+        holds, and the position that a checkpoint keeps, depend on no share.
 
     Yields:
       tokens: int32[B, L], right-padded, cut at `length`.
@@ -94,6 +105,22 @@ def batches(
     if len(source) < batch:
         raise ValueError(f"{len(source)} conversations do not fill a batch of {batch}")
     dataset = grain.MapDataset.source(source).seed(seed).shuffle().map(row).repeat()
+    share = range(batch) if rows is None else [int(i) for i in rows]
+    dataset = grain.MapDataset.source(_Share(dataset, batch, share))
     # The rows are in memory: threads that read ahead (500 batches by default) would only cost.
     here = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return iter(dataset.batch(batch).to_iter_dataset(here))
+    return iter(dataset.batch(len(share)).to_iter_dataset(here))
+
+
+class _Share:
+    """Of an endless sequence cut into batches: the rows of each at the given places."""
+
+    def __init__(self, dataset: grain.MapDataset, batch: int, places: Sequence[int]):
+        self.dataset, self.batch, self.places = dataset, batch, places
+
+    def __len__(self) -> int:
+        return len(self.dataset) // self.batch * len(self.places)
+
+    def __getitem__(self, index: int) -> Any:
+        number, place = divmod(int(index), len(self.places))
+        return self.dataset[number * self.batch + self.places[place]]

@@ -8,19 +8,41 @@ reads its cache.
 """
 
 import dataclasses
-from functools import partial
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dllm_jax.cache import KVCache
-from dllm_jax.corruption import MaskedBlocks
+from dllm_jax.corruption import MaskedBlocks, NoisyBlocks
 from dllm_jax.nn.head import cross_entropy_of
 from dllm_jax.nn.transformer import Transformer, forward
 from dllm_jax.sharding import automatic, placed
 from dllm_jax.typing import Key, Params
 from pallas_kernels import BlockMask
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What a training step asks of an objective; static under jit, so hashable."""
+
+    def loss(
+        self, model: Any, params: Params, batch: dict[str, jax.Array], key: Key
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss of a batch, and figures about it: scalars."""
+        ...
+
+
+class Drawn(NamedTuple):
+    """A batch with its noise, and what its sums are divided by."""
+
+    rows: tuple[dict[str, jax.Array], NoisyBlocks]  # every leaf has one entry a row
+    totals: dict[str, jax.Array]  # of the whole batch
+
+    def with_rows(self, rows: Any) -> "Drawn":
+        """A part of the batch: its losses and figures are shares of the whole batch's."""
+        return Drawn(rows, self.totals)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +53,14 @@ class DualStream:
     # An adapter that only masks feel cannot change the clean stream: 0 saves its logits.
     ar_weight: float = 0.0
     frozen_layers: int = 0  # layers without trainable parameters below the first that has some
+    # 1: what the backward pass needs of both streams is kept from the forward pass. 2: the clean
+    # pass is run again when the gradient of the noisy one is done, so that memory holds what one
+    # of them needs at a time, beside the keys and values that join them.
+    phases: int = 1
+
+    def __post_init__(self):
+        if self.phases not in (1, 2):
+            raise ValueError(f"phases={self.phases} is neither 1 nor 2")
 
     def loss(
         self,
@@ -47,15 +77,39 @@ class DualStream:
           ... by place in the block, and `accepted`, the expected number of drafts that a greedy
           check would pass.
         """
-        if model.config.mask_id is None:
-            raise ValueError("the model has no mask token to train; set mask_id in its config")
-        run = partial(self._loss, model, model.config.mask_id)
+
+        def run(params: Params, batch: dict[str, jax.Array], key: Key):
+            return self.score(model, params, self.draw(model, batch, key))
+
         return automatic(run, placed(), params, batch, key)
 
-    def _loss(self, model: Transformer, mask_id: int, params: Params, batch, key: Key):
-        tokens, lengths = batch["tokens"], batch["lengths"]
-        clean = forward(model, params, tokens, lengths=lengths, canvas=False)
+    def draw(self, model: Transformer, batch: dict[str, jax.Array], key: Key) -> Drawn:
+        """The noise of a batch, with the batch: what `score` takes, whole or in parts."""
+        tokens, lengths, mask_id = batch["tokens"], batch["lengths"], model.config.mask_id
+        if mask_id is None:
+            raise ValueError("the model has no mask token to train; set mask_id in its config")
         noisy = self.noise.draw(key, tokens, lengths, batch["prompts"], mask_id)
+        totals = {
+            "learnt": jnp.maximum(noisy.weights.sum(), 1.0),
+            "counted": jnp.maximum(self._counted(noisy).sum(axis=0), 1),
+        }
+        if self.ar_weight:
+            totals["scored"] = jnp.maximum(_answers(batch).sum(), 1)
+        return Drawn((batch, noisy), totals)
+
+    def score(
+        self, model: Transformer, params: Params, drawn: Drawn
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        """The loss and the figures; of a part of a batch, what it adds to those of the whole."""
+        (batch, noisy), totals = drawn
+        tokens, lengths = batch["tokens"], batch["lengths"]
+
+        def clean_pass(params, tokens, lengths):
+            return forward(model, params, tokens, lengths=lengths, canvas=False)
+
+        if self.phases == 2:
+            clean_pass = jax.checkpoint(clean_pass)
+        clean = clean_pass(params, tokens, lengths)
         out = forward(
             model,
             params,
@@ -67,26 +121,32 @@ class DualStream:
             frozen_layers=self.frozen_layers,
         )
         nats, best = cross_entropy_of(model, params, out.hidden, noisy.targets)
-        total = jnp.maximum(noisy.weights.sum(), 1.0)
-        loss = diffusion = (nats * noisy.weights).sum() / total
-        figures = {"diffusion": diffusion, **self._drafts(best, noisy)}
+        loss = diffusion = (nats * noisy.weights).sum() / totals["learnt"]
+        figures = {"diffusion": diffusion, **self._drafts(best, noisy, totals["counted"])}
         if self.ar_weight:
-            scored = jnp.arange(tokens.shape[1] - 1)
-            weights = (scored + 1 >= batch["prompts"][:, None]) & (scored + 1 < lengths[:, None])
             nats, _ = cross_entropy_of(model, params, clean.hidden[:, :-1], tokens[:, 1:])
-            ar = (nats * weights).sum() / jnp.maximum(weights.sum(), 1)
+            ar = (nats * _answers(batch)).sum() / totals["scored"]
             figures["ar"] = ar
             loss = loss + self.ar_weight * ar
         return loss, figures
 
-    def _drafts(self, best, noisy) -> dict[str, Array]:
-        size = self.noise.block_size
+    def _counted(self, noisy: NoisyBlocks) -> Bool[Array, "G T"]:
+        """The entries of each block that its accuracy is measured on."""
+        return ((noisy.weights > 0) & noisy.whole).reshape(-1, self.noise.block_size)
+
+    def _drafts(self, best, noisy: NoisyBlocks, totals) -> dict[str, Array]:
+        size, counted = self.noise.block_size, self._counted(noisy)
         right = (best == noisy.targets).reshape(-1, size)
-        counted = ((noisy.weights > 0) & noisy.whole).reshape(-1, size)
-        share = lambda hits: (hits & counted).sum(axis=0) / jnp.maximum(counted.sum(axis=0), 1)  # noqa: E731
+        share = lambda hits: (hits & counted).sum(axis=0) / totals  # noqa: E731
         accuracy = share(right)
         accepted = share(jnp.cumprod(right, axis=1).astype(bool)).sum()
         return {**{f"accuracy_{j}": accuracy[j] for j in range(size)}, "accepted": accepted}
+
+
+def _answers(batch: dict[str, jax.Array]) -> Bool[Array, "B M"]:
+    """The places of clean tokens that the causal loss scores: the next one is of the answer."""
+    following = jnp.arange(batch["tokens"].shape[1] - 1) + 1
+    return (following >= batch["prompts"][:, None]) & (following < batch["lengths"][:, None])
 
 
 def cross_entropy(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float[Array, "*B"]:

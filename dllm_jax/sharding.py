@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 """Of our meshes, the neighbours last: what talks most lies closest."""
@@ -110,7 +110,9 @@ def make_mesh(
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=used)
 
 
-def shardings(axes: Any, mesh: Mesh, rules: Rules = EVERY, *, shapes: Any = None) -> Any:
+def shardings(
+    axes: Any, mesh: Mesh | AbstractMesh, rules: Rules = EVERY, *, shapes: Any = None
+) -> Any:
     """The tree of `NamedSharding`s for a tree of logical axes.
 
     Args:
@@ -249,6 +251,15 @@ def automatic(run: Callable[..., Any], place: Place, *args: Any) -> Any:
 def placed(*names: str | None) -> Place:
     """Arrays whose dimensions have these logical names, wherever they are."""
     return lambda path, shape: spec_of(shape, *names)
+
+
+def as_they_lie(tree: Any) -> Place:
+    """Arrays as those at the same places in `tree`, whose types say it; others are whole."""
+    found = {
+        jax.tree_util.keystr(path): jax.typeof(x).sharding.spec
+        for path, x in jax.tree.leaves_with_path(tree)
+    }
+    return lambda path, shape: found.get(path, spec())
 
 
 def laid_out(tree: Any, place: Place) -> Any:

@@ -7,7 +7,7 @@
 `cpu` and `gpu` are the settings of configs/adapt_smollm2_*.py; any of them can be changed on the
 command line. Give it a budget in minutes; it saves and stops there, or on Ctrl-C or SIGTERM, and
 the same command goes on. At its last step, or at any time with --export, it writes the adapter for
-`load(adapter=...)`.
+`load(adapter=...)`. On many hosts the same command runs on each (scripts/launch).
 """
 
 import importlib.util
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import tyro
 
+from dllm_jax import distributed
 from dllm_jax.adaptation import Adapt
 from dllm_jax.adaptation import adapt as main
 
@@ -35,4 +36,6 @@ def presets() -> dict[str, tuple[str, Adapt]]:
 
 
 if __name__ == "__main__":
-    main(tyro.extras.overridable_config_cli(presets(), description=__doc__))
+    config = tyro.extras.overridable_config_cli(presets(), description=__doc__)
+    distributed.initialize()
+    main(config)

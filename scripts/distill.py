@@ -7,7 +7,7 @@ The model writes the user's turn from its chat template (sampled), then the assi
 (greedy by
 default: what the causal mode will have to accept). Part i of a split is a function of (model,
 settings, seed, split, i) alone: stop at any time, start again, and only the missing parts are
-written.
+written. Many processes (scripts/launch) write the parts in turn.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 from rich.progress import Progress
 
-from dllm_jax import data, recipes
+from dllm_jax import data, distributed, recipes
 from dllm_jax.checkpoint import load
 from dllm_jax.decode.generate import generate, pad
 from dllm_jax.tokenizer import Tokenizer
@@ -56,9 +56,10 @@ def main(config: Distill) -> None:
     opening, closing = turns(Tokenizer.load(config.model))
     parts = -(-config.conversations // config.batch)
     root = jax.random.fold_in(jax.random.key(config.seed), data.SPLITS.index(config.split))
-    with Progress() as progress:
-        task = progress.add_task(f"{config.split} parts", total=parts)
-        for part in range(parts):
+    own = range(jax.process_index(), parts, jax.process_count())
+    with Progress(disable=not distributed.is_first()) as progress:
+        task = progress.add_task(f"{config.split} parts", total=len(own))
+        for part in own:
             path = config.out / f"{config.split}-{part:05d}.npz"
             if not path.exists():
                 start = time.perf_counter()
@@ -114,4 +115,6 @@ def converse(model, params, opening, closing, key, config: Distill):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Distill, description=__doc__))
+    config = tyro.cli(Distill, description=__doc__)
+    distributed.initialize()
+    main(config)

@@ -14,9 +14,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dllm_jax import sources
-from dllm_jax.checkpoint import convert, load, load_adapter, save, save_adapter
+from dllm_jax.checkpoint import convert, load, load_adapter, load_part, save, save_adapter
 from dllm_jax.models import weights
 from dllm_jax.models.export import published_tensors
+from dllm_jax.models.placing import placed
 from dllm_jax.nn.adapters import AdapterConfig
 from dllm_jax.nn.head import logits_of
 from dllm_jax.nn.transformer import Transformer, TransformerConfig
@@ -102,6 +103,20 @@ def test_the_mesh_in_use_is_the_default(saved: Path):
         _, params = load(saved)
     assert params["embed"].sharding.mesh == mesh
     assert_same(params, random_params(TINY))
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_a_part_alone(saved: Path, tmp_path: Path, published: bool, monkeypatch):
+    source = write_published(tmp_path / "p") if published else saved
+    mesh, names, asked = make_mesh(fsdp=2, tensor=2), ("embed", "final_norm"), []
+    monkeypatch.setattr(weights, "placed", lambda *a, **k: asked.append(a) or placed(*a, **k))
+    part = load_part(source, names, mesh=mesh, dtype="bfloat16")
+    whole = random_params(TINY)
+    assert_same(part, {name: whole[name].astype(jnp.bfloat16) for name in names})
+    assert part["embed"].sharding.mesh == mesh
+    assert len(asked) == (2 if published else 0)  # the rest is not read
+    with pytest.raises(ValueError, match=r"has no part \['neck'\]; name some of \['embed', "):
+        load_part(source, ("embed", "neck"))
 
 
 def test_saved_from_a_mesh_is_restored_without(tmp_path: Path):

@@ -198,7 +198,7 @@ def test_family_defaults():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({**LLAMA, "rope_scaling": {"rope_type": "llama3"}}, "RoPE scaling 'llama3'"),
+        ({**LLAMA, "rope_scaling": {"rope_type": "longrope"}}, "RoPE scaling 'longrope'"),
         ({**LLAMA, "attention_bias": True}, "attention_bias=True; only False"),
         ({**LLAMA, "hidden_act": "gelu"}, "hidden_act='gelu'; only 'silu'"),
         ({**FAMILIES["dream"], "use_mrope": True}, "use_mrope=True; only False"),

@@ -147,7 +147,7 @@ def test_adapting_stops_continues_and_exports(model, folder, tmp_path, monkeypat
     ticks = itertools.count()  # one a look at the clock: the first is the start, then one a step
     clock = SimpleNamespace(monotonic=lambda: next(ticks), perf_counter=time.perf_counter)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "time", clock)
+        patch.setattr(training.loop, "time", clock)
         adapt.main(dataclasses.replace(config, minutes=2.5 / 60))
     assert "step 2 of 4, saved; the same command continues" in capsys.readouterr().out
     assert not (tmp_path / "run" / "adapter").exists()

@@ -25,6 +25,7 @@ from dllm_jax.nn.adapters import AdapterConfig
 from dllm_jax.nn.transformer import Transformer
 from dllm_jax.nn.tree import param_shapes
 from dllm_jax.testing import tiny
+from dllm_jax.training import loop, step
 
 # One program for the whole file: the same model, objective, optimiser and shapes.
 MODEL, PARAMS = tiny()
@@ -136,10 +137,10 @@ def test_a_finished_run_is_left_as_it_is(whole, folder):
 
 
 def test_a_step_compiles_once_fresh_or_restored(tmp_path, folder):
-    training._step.clear_cache()
+    step._step.clear_cache()
     fit(tmp_path, folder, steps=3, evaluate_every=0)
     fit(tmp_path, folder, steps=5, evaluate_every=0)
-    assert training._step._cache_size() == 1
+    assert step._step._cache_size() == 1
 
 
 @pytest.mark.parametrize("after_save", [1, 4])
@@ -177,7 +178,7 @@ def test_the_budget_in_minutes(tmp_path, folder, whole, monkeypatch):
     ticks = itertools.count()
     clock = SimpleNamespace(monotonic=lambda: next(ticks), perf_counter=time.perf_counter)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "time", clock)
+        patch.setattr(loop, "time", clock)
         assert int(fit(tmp_path, folder, minutes=0.0).step) == 0
         assert saved(tmp_path) == []  # nothing happened, nothing to keep
         assert int(fit(tmp_path, folder, minutes=5.5 / 60).step) == 5

@@ -8,16 +8,11 @@ over layers counts as often as it runs, which `cost_analysis` does not do; a fus
 layer of a stack counts that layer; arrays count as they are laid out, with their padding.
 """
 
-import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
-BITS = {
-    "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32,
-    "s64": 64, "u64": 64, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "token": 0,
-    "f8e4m3fn": 8, "f8e5m2": 8, "c64": 64,
-}  # fmt: skip
+from dllm_jax.bench.scheduled import Array, Instruction, Program, Run, called, parsed, walk
 
 # Of what there is to run in a schedule, these move nothing.
 _STILL = {
@@ -35,32 +30,6 @@ _VIEWS = {
 }  # within a fusion: made as far as it is asked for
 
 
-class Array(NamedTuple):
-    """A type as the text has it."""
-
-    dtype: str
-    dims: tuple[int, ...]
-    order: tuple[int, ...]  # axes, the innermost one first
-    tile: tuple[int, ...]  # what the innermost axes are padded to, the last one the innermost
-    in_hbm: bool
-
-    @property
-    def bytes(self) -> int:
-        """As it lies in memory."""
-        sizes = [self.dims[axis] for axis in self.order]
-        for at, step in zip(range(len(sizes)), reversed(self.tile), strict=False):
-            sizes[at] = -(-sizes[at] // step) * step
-        return math.prod(sizes) * BITS[self.dtype] // 8
-
-
-class Instruction(NamedTuple):
-    name: str
-    arrays: list[Array]  # its result, or the parts of a tuple
-    kind: str
-    operands: list[str]
-    text: str
-
-
 class Moved(NamedTuple):
     """What an instruction moves, each of the times that it runs."""
 
@@ -74,12 +43,17 @@ class Moved(NamedTuple):
 
 
 def traffic(
-    text: str, rounds: Mapping[str, int] | None = None, reads: Mapping[str, int] | None = None
+    text: str,
+    rounds: Mapping[str, int] | None = None,
+    reads: Mapping[str, int] | None = None,
+    *,
+    otherwise: int | None = None,
 ) -> list[Moved]:
     """All instructions of a program that move anything through HBM, most first.
 
     A kernel moves what its cost estimate says, less its operands that lie in vector memory, or all
-    of its operands and results where it has no estimate.
+    of its operands and results where it has no estimate. Of two branches the one that moves more
+    counts.
 
     Args:
       text: of a compiled program, `jax.stages.Compiled.as_text()`.
@@ -87,114 +61,28 @@ def traffic(
         text says: of a model that is deeper than the one that was compiled.
       reads: of kernels whose estimate is wrong, by the beginning of their names: how many of the
         first axis of their largest operand they read, each once.
+      otherwise: rounds of the loops whose rounds are not in the text; None: they are an error.
 
     Raises:
-      ValueError: a loop whose rounds are not in the text, a branch, or text of another form.
+      ValueError: a loop whose rounds are not known, or text of another form.
     """
-    program = _parsed(text, rounds or {}, reads or {})
-    found = [x for x in _of(program, program.entry, 1) if x.bytes]
-    return sorted(found, key=lambda moved: -moved.total)
+    program = parsed(text)
+    weigh = lambda run: _bytes(program, run, reads or {})  # noqa: E731
+    found = [
+        Moved(weigh(run), run.times, f"{run.instruction.name} = {run.instruction.text}")
+        for run in walk(program, weigh, rounds, otherwise)
+    ]
+    return sorted((x for x in found if x.bytes), key=lambda moved: -moved.total)
 
 
-class _Program(NamedTuple):
-    computations: dict[str, list[Instruction]]
-    entry: str
-    rounds: Mapping[str, int]
-    reads: Mapping[str, int]
-
-
-_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_LINE = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*)$")
-_ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
-
-
-def _parsed(text: str, rounds: Mapping[str, int], reads: Mapping[str, int]) -> _Program:
-    computations: dict[str, list[Instruction]] = {}
-    entry, own = "", None
-    for line in text.splitlines():
-        if head := _HEAD.match(line):
-            own = computations.setdefault(head[2], [])
-            entry = head[2] if head[1] else entry
-        elif line == "}":
-            own = None
-        elif own is not None and (found := _LINE.match(line)):
-            own.append(_instruction(found[1], found[2]))
-    if not entry:
-        raise ValueError("there is no ENTRY in it: this is not the text of a compiled program")
-    return _Program(computations, entry, rounds, reads)
-
-
-def _instruction(name: str, rest: str) -> Instruction:
-    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
-    kind, _, _ = rest[end:].strip().partition("(")
-    start = rest.index("(", end)
-    operands = re.findall(r"%([\w.\-]+)", rest[start : _closing(rest, start)])
-    arrays = [_array(*found) for found in _ARRAY.findall(rest[:end])]
-    return Instruction(name, arrays, kind, operands, rest)
-
-
-def _closing(text: str, start: int) -> int:
-    """The place of the parenthesis that ends the one at `start`."""
-    depth = 0
-    for at in range(start, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[at], 0)
-        if not depth:
-            return at
-    raise ValueError(f"unbalanced: {text[:200]}")
-
-
-def _array(dtype: str, dims: str, layout: str) -> Array:
-    sizes = tuple(map(int, filter(None, dims.split(","))))
-    order, _, rest = layout.partition(":")
-    axes = tuple(map(int, filter(None, order.split(","))))
-    tile = re.match(r"T\(([\d,]+)\)", rest)
-    space = re.search(r"S\((\d+)\)", rest)
-    tiles = tuple(map(int, tile[1].split(","))) if tile else ()
-    in_hbm = bool(sizes) and (space is None or space[1] == "0")  # a scalar is in a register
-    return Array(dtype, sizes, axes or tuple(reversed(range(len(sizes)))), tiles, in_hbm)
-
-
-def _of(program: _Program, computation: str, times: int) -> Iterator[Moved]:
-    own = {x.name: x for x in program.computations[computation]}
-    for x in own.values():
-        if x.kind in _STILL:
-            continue
-        if x.kind == "while":
-            yield from _of(program, _called(x, "body"), times * _rounds(program, x))
-        elif x.kind == "call":
-            yield from _of(program, _called(x, "to_apply"), times)
-        elif x.kind == "conditional":
-            raise ValueError(f"which branch runs is not in the text: {x.text[:200]}")
-        else:
-            operands = [own[name] for name in x.operands]
-            yield Moved(_bytes(program, x, operands), times, f"{x.name} = {x.text}")
-
-
-def _called(x: Instruction, role: str) -> str:
-    found = re.search(rf"\b{role}=%([\w.\-]+)", x.text)
-    if not found:
-        raise ValueError(f"no {role} in: {x.text[:200]}")
-    return found[1]
-
-
-def _rounds(program: _Program, loop: Instruction) -> int:
-    """Of a loop that counts from 0 up to a constant, if nobody says."""
-    name = re.search(r'op_name="([^"]*)"', loop.text)
-    for end, count in program.rounds.items():
-        if name and name[1].endswith(end):
-            return count
-    condition = program.computations[_called(loop, "condition")]
-    own, root = {x.name: x for x in condition}, condition[-1]
-    bounds = [own[name] for name in root.operands if own[name].kind == "constant"]
-    if root.kind != "compare" or "direction=LT" not in root.text or len(bounds) != 1:
-        raise ValueError(f"how often a loop runs is not in the text: {root.text[:200]}")
-    return int(re.findall(r"constant\((\d+)\)", bounds[0].text)[0])
-
-
-def _bytes(program: _Program, x: Instruction, operands: list[Instruction]) -> int:
+def _bytes(program: Program, run: Run, reads: Mapping[str, int]) -> int:
     """What one run moves."""
+    x = run.instruction
+    if x.kind in _STILL:
+        return 0
+    operands = run.operands
     if x.kind == "custom-call":
-        return _of_a_kernel(program, x, operands)
+        return _of_a_kernel(x, operands, reads)
     if x.kind == "copy-start":  # what it writes, what it reads, and a flag
         return _in_hbm(x.arrays[:2])
     if x.kind in ("slice-start", "dynamic-slice-start"):  # the whole, a slice of it, a flag
@@ -209,13 +97,13 @@ def _bytes(program: _Program, x: Instruction, operands: list[Instruction]) -> in
             operands[1].arrays[0].in_hbm + x.arrays[0].in_hbm
         )
     if x.kind == "fusion":
-        body = program.computations[_called(x, "calls")]
-        reads = sum(
+        body = program.computations[called(x, "calls")]
+        read = sum(
             _read(program, body, at)
             for at, operand in enumerate(operands)
             if operand.arrays[0].in_hbm
         )
-        return reads + _written(x, body)
+        return read + _written(x, body)
     return sum(_in_hbm(operand.arrays) for operand in operands) + _in_hbm(x.arrays)
 
 
@@ -223,9 +111,9 @@ def _in_hbm(arrays: list[Array]) -> int:
     return sum(a.bytes for a in arrays if a.in_hbm)
 
 
-def _of_a_kernel(program: _Program, x: Instruction, operands: list[Instruction]) -> int:
+def _of_a_kernel(x: Instruction, operands: list[Instruction], reads: Mapping[str, int]) -> int:
     sizes = [_in_hbm(operand.arrays) for operand in operands]
-    for start, count in program.reads.items():
+    for start, count in reads.items():
         if x.name.startswith(start):
             at = sizes.index(max(sizes))
             sizes[at] = sizes[at] // operands[at].arrays[0].dims[0] * count
@@ -237,7 +125,7 @@ def _of_a_kernel(program: _Program, x: Instruction, operands: list[Instruction])
     return max(int(found[1]) - held, 0)
 
 
-def _read(program: _Program, body: list[Instruction], number: int) -> int:
+def _read(program: Program, body: list[Instruction], number: int) -> int:
     """What a fusion reads of a parameter: the slices that it takes, or all of it."""
     own = next(x for x in body if x.kind == "parameter" and f"parameter({number})" in x.text)
     whole, parts = own.arrays[0].bytes, 0
@@ -252,7 +140,7 @@ def _read(program: _Program, body: list[Instruction], number: int) -> int:
         elif x.kind == "dynamic-update-slice" and x.operands[0] in names:
             continue  # written in place
         elif x.kind == "fusion":
-            inner = program.computations[_called(x, "calls")]
+            inner = program.computations[called(x, "calls")]
             parts += sum(_read(program, inner, i) for i, n in enumerate(x.operands) if n in names)
         else:
             return whole

@@ -1,4 +1,4 @@
-"""The command `dllm-jax`: generate, chat, convert, info."""
+"""The command `dllm-jax`: generate, chat, convert, info, recipes, bench, plan."""
 
 from collections.abc import Sequence
 

@@ -24,8 +24,10 @@ from dllm_jax.cli.options import (
     Generate,
     Info,
     ModelOptions,
+    Plan,
     Recipes,
 )
+from dllm_jax.cli.planning import planning
 from dllm_jax.generation_config import save_recipe
 from dllm_jax.tokenizer import Tokenizer
 from dllm_jax.trajectory import Recorder
@@ -46,6 +48,8 @@ def run(command: Command) -> None:
             recipes(command)
         case Bench():
             benchmark(command)
+        case Plan():
+            planning(command)
 
 
 def generate(command: Generate) -> None:

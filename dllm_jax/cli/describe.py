@@ -153,13 +153,16 @@ def _architecture(source: str, found: sources.Source, c: Any) -> Iterator[str]:
     heads += "".join(words for name, words in extras if getattr(c, name, False))
     attention, alignment = (x.replace("_", " ") for x in (c.attention, c.alignment))
     block = f" in blocks of {c.block_size}" if c.attention == "block_causal" else ""
+    scaling = getattr(c, "rope_scaling", None)
+    stretched = f", stretched {scaling.factor:g} times ({scaling.kind})" if scaling else ""
+    theta = getattr(c, "rope_theta", 10_000)
     yield source
     yield from _rows(
         ("from", f"{kind[found.kind]} {found.path}"),
         ("family", c.family),
         ("layers", f"{c.num_layers} of width {c.dim}, feed-forward {_feed_forward(c)}"),
         ("heads", heads),
-        ("positions", f"{c.max_length}, rotary with base {getattr(c, 'rope_theta', 10_000):g}"),
+        ("positions", f"{c.max_length}, rotary with base {theta:g}{stretched}"),
         ("vocabulary", f"{c.vocab_size}{', head tied to the embedding' * _is_tied(c)}"),
         ("reads", f"{attention} attention{block}, {alignment} outputs"),
         (

@@ -305,6 +305,72 @@ class Bench(Command):
             raise ValueError("--dtype float16 is not timed: use bfloat16 or float32")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan(Command):
+    """What a run needs, on chips that need not be here: memory, collectives, time.
+
+    dllm-jax plan --model llada-8b --topology v5e:2x4 --batch 8 --context 4096
+    """
+
+    model: Annotated[str, _word("MODEL")]
+    """An architecture (llada-8b, llada2-flash-100b, ...), a named model, or a folder."""
+
+    topology: Annotated[str, _word("CHIP:SHAPE")]
+    """As in v5e:16x16, v6e:2x4, v5p:4x8x8, h100:8."""
+
+    mode: Literal["decode", "prefill", "train"] = "decode"
+    """A denoising step behind a cache, a prompt, or a step of training on the dual stream."""
+
+    batch: int = 1
+    """Rows in all."""
+
+    context: int = 4096
+    """Positions of a row: cached, prompted, or learnt from."""
+
+    block: Annotated[int | None, _default("INT", "the recipe's")] = None
+    """Positions that are denoised together."""
+
+    mesh: Annotated[str | None, _default("AXIS=N,...", "one that suits the model")] = None
+    """Of data, fsdp, expert, context and tensor, as in data=2,tensor=4."""
+
+    recipe: Annotated[str | None, _default("NAME", "the model's own")] = None
+    """A recipe by its name, of those that `dllm-jax recipes` lists."""
+
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of activations, cache and weights; in training the weights are float32."""
+
+    cache_dtype: Annotated[str | None, _default("int8|bfloat16|float32", "that of --dtype")] = None
+    """Of the cache; another than --dtype is answered in closed form."""
+
+    tokens_per_forward: Annotated[float | None, _default("FLOAT", "as reported, or 1")] = None
+    """That a row writes in a pass."""
+
+    effort: Literal["none", "low", "full"] = "low"
+    """Of the compiler: none answers in closed form, full may take minutes."""
+
+    json: bool = False
+    """Print one JSON object."""
+
+    def check(self) -> None:
+        self.sizes()
+
+    def sizes(self) -> dict[str, int] | None:
+        """The axes that --mesh gives.
+
+        Raises:
+          ValueError: it is written in another way.
+        """
+        if self.mesh is None:
+            return None
+        found = {}
+        for part in self.mesh.split(","):
+            axis, _, size = part.partition("=")
+            if not size.strip().isdigit():
+                raise ValueError(f"--mesh {self.mesh}: {part!r} is no AXIS=N, as in tensor=4")
+            found[axis.strip()] = int(size)
+        return found
+
+
 AnyCommand = (
     Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Chat, tyro.conf.subcommand("chat")]
@@ -312,4 +378,5 @@ AnyCommand = (
     | Annotated[Info, tyro.conf.subcommand("info")]
     | Annotated[Recipes, tyro.conf.subcommand("recipes")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
+    | Annotated[Plan, tyro.conf.subcommand("plan")]
 )

@@ -31,11 +31,11 @@ from dllm_jax.recipes import Denoise
 _COMMIT, _REVISE, _NOISE = 2, 3, 4  # streams of noise
 
 
-def first_steps(model, params, recipe: Denoise, keys, state: DecodeState, width: int):
-    """The prefill, where there is one, and the step that rides on it."""
+def first_steps(model, params, recipe: Denoise, keys, state: DecodeState, width: int, chunk: int):
+    """The prefill, where there is one, in chunks or whole (0), and the step that rides on it."""
     if recipe.cache in ("none", "prefix", "dual"):
         return state
-    given, last = passes.prefill(model, params, recipe, state, width)
+    given, last = passes.prefill(model, params, recipe, state, width, chunk)
     if recipe.first == "commit":
         state = given.state
         seeded = (state.start > 0) & (state.start == state.prompt)

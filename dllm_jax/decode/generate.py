@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from dllm_jax.decode import denoise, verify
-from dllm_jax.decode.prompt import BUCKET, Prompt, checked, edge, has_free, pad
+from dllm_jax.decode.prompt import BUCKET, PLAIN, Prompt, checked, edge, has_free, pad
 from dllm_jax.decode.start import initial
 from dllm_jax.decode.state import DecodeState, Result, lies, result
 from dllm_jax.recipes import Recipe, Verified
@@ -34,6 +34,8 @@ def generate(
     recipe: Recipe,
     max_new_tokens: int = 128,
     key: Key | None = None,
+    prefill_chunk: int | None = None,
+    cache_dtype: str | None = None,
 ) -> Result:
     """Answers a batch of prompts, in one compiled loop on the device.
 
@@ -48,6 +50,14 @@ def generate(
         Bidirectional models see it: their canvas is that long.
       key: None decodes greedily. A key (one for the batch, row r then uses `fold_in(key, r)`, or
         one for each row) draws with the recipe's temperature, top-k and top-p.
+      prefill_chunk: the most tokens of a prompt that one forward pass takes; a longer one goes in
+        chunks, each against the cache of those before it, and what a pass holds does not grow with
+        the prompt. 0: all at once. None: chunks of 4,096. Rounded up to whole blocks of a
+        block-causal model; where all of a prompt sees all of it (bidirectional models) it goes at
+        once. Results are equal up to rounding, `nfe` too: a prefill counts as one pass.
+      cache_dtype: of keys and values of the text so far: "bfloat16", or "int8" with scales of each
+        row, layer and kv head that its prompt sets (its first chunk); both approximate. None: that
+        of the model's activations.
 
     Returns:
       A `Result`: tokens, lengths, stop reasons, and the cost of each row. Each row's answer is the
@@ -58,9 +68,9 @@ def generate(
       ValueError: the recipe asks for a temperature without a key, the model lacks what the recipe
         needs (a mask id, its kind of attention), or the lengths do not fit the model.
     """
-    job = edge(model, checked(prompt, model.config), recipe, max_new_tokens, key)
-    state = _generate(model, params, job.prompt, job.recipe, job.budget, job.keys, size=job.size)
-    return result(state, max_new_tokens)
+    prompt = checked(prompt, model.config)
+    job = edge(model, prompt, recipe, max_new_tokens, key, prefill_chunk, cache_dtype)
+    return result(run(model, params, job), max_new_tokens)
 
 
 def stream(
@@ -71,6 +81,8 @@ def stream(
     recipe: Recipe,
     max_new_tokens: int = 128,
     key: Key | None = None,
+    prefill_chunk: int | None = None,
+    cache_dtype: str | None = None,
 ) -> Iterator[DecodeState]:
     """As `generate`, but yields the state after the prefill and after every step.
 
@@ -79,7 +91,9 @@ def stream(
     """
     filling = has_free(prompt)
     prompt = checked(prompt, model.config, infilling=filling)
-    job = edge(model, prompt, recipe, None if filling else max_new_tokens, key)
+    job = edge(
+        model, prompt, recipe, None if filling else max_new_tokens, key, prefill_chunk, cache_dtype
+    )
     yield from _stream(model, params, job)
 
 
@@ -91,6 +105,8 @@ def infill(
     *,
     recipe: Recipe,
     key: Key | None = None,
+    prefill_chunk: int | None = None,
+    cache_dtype: str | None = None,
 ) -> Result:
     """Fills in the free positions of texts; the given ones stay as they are.
 
@@ -108,8 +124,8 @@ def infill(
         from left to right only (`ar`, `self_speculative`).
     """
     prompt = checked(rows, model.config, infilling=True)
-    job = edge(model, prompt, recipe, None, key)
-    state = _generate(model, params, job.prompt, job.recipe, job.budget, job.keys, size=job.size)
+    job = edge(model, prompt, recipe, None, key, prefill_chunk, cache_dtype)
+    state = run(model, params, job)
     return automatic(_filled, placed("batch"), prompt.tokens, prompt.lengths, state)
 
 
@@ -131,15 +147,17 @@ def run(model: Any, params: Params, job, forced: jax.Array | None = None) -> Dec
       forced: int32[B, P], tokens to write whatever the model says; `logprobs` then scores them.
     """
     return _generate(
-        model, params, job.prompt, job.recipe, job.budget, job.keys, forced, size=job.size
-    )
+        model, params, job.prompt, job.recipe, job.budget, job.keys, forced, size=job.size,
+        memory=job.memory,
+    )  # fmt: skip
 
 
 def _stream(model, params, job) -> Iterator[DecodeState]:
     with scope(params):  # left before each state is given away
         state = _start(
-            model, params, job.prompt, job.recipe, job.budget, job.keys, None, size=job.size
-        )
+            model, params, job.prompt, job.recipe, job.budget, job.keys, None, size=job.size,
+            memory=job.memory,
+        )  # fmt: skip
     yield state
     while not bool(state.finished.all()):
         with scope(params):
@@ -147,14 +165,16 @@ def _stream(model, params, job) -> Iterator[DecodeState]:
         yield state
 
 
-@partial(jax.jit, static_argnames=("model", "size"))
-def _generate(model, params, prompt, recipe, budget, keys, forced=None, *, size) -> DecodeState:
-    run = partial(_answered, model, size)
+@partial(jax.jit, static_argnames=("model", "size", "memory"))
+def _generate(
+    model, params, prompt, recipe, budget, keys, forced=None, *, size, memory=PLAIN
+) -> DecodeState:
+    run = partial(_answered, model, size, memory)
     return automatic(run, lies, params, prompt, recipe, budget, keys, forced)
 
 
-def _answered(model, size, params, prompt, recipe, budget, keys, forced) -> DecodeState:
-    state = _start(model, params, prompt, recipe, budget, keys, forced, size=size)
+def _answered(model, size, memory, params, prompt, recipe, budget, keys, forced) -> DecodeState:
+    state = _start(model, params, prompt, recipe, budget, keys, forced, size=size, memory=memory)
     going = lambda s: ~s.finished.all()  # noqa: E731
     if isinstance(recipe, Verified):
         return jax.lax.while_loop(going, partial(verify.step, model, params, recipe, keys), state)
@@ -202,18 +222,18 @@ def _stepped(model, params, recipe: Recipe, keys, state) -> DecodeState:
     return jax.lax.cond(narrow_rows.any(), narrow, wide, state)
 
 
-@partial(jax.jit, static_argnames=("model", "size"))
-def _start(model, params, prompt, recipe, budget, keys, forced, *, size) -> DecodeState:
-    run = partial(_started, model, size)
+@partial(jax.jit, static_argnames=("model", "size", "memory"))
+def _start(model, params, prompt, recipe, budget, keys, forced, *, size, memory) -> DecodeState:
+    run = partial(_started, model, size, memory)
     return automatic(run, lies, params, prompt, recipe, budget, keys, forced)
 
 
-def _started(model, size, params, prompt, recipe, budget, keys, forced) -> DecodeState:
-    state = initial(model, prompt, recipe, budget, keys, size)
+def _started(model, size, memory, params, prompt, recipe, budget, keys, forced) -> DecodeState:
+    state = initial(model, prompt, recipe, budget, keys, size, memory.cache_dtype)
     width = prompt.tokens.shape[1]
     if isinstance(recipe, Verified):
-        return verify.first_steps(model, params, recipe, keys, state, width)
+        return verify.first_steps(model, params, recipe, keys, state, width, memory.chunk)
     if forced is not None:
         room = state.tokens.shape[1] - forced.shape[1]
         state = dataclasses.replace(state, forced=jnp.pad(forced, ((0, 0), (0, room))))
-    return denoise.first_steps(model, params, recipe, keys, state, width)
+    return denoise.first_steps(model, params, recipe, keys, state, width, memory.chunk)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from dllm_jax.cache import append, cut, replaced
+from dllm_jax.decode import prefill as chunks
 from dllm_jax.decode.state import DecodeState, gather, window
 from dllm_jax.nn.transformer import forward
 from dllm_jax.policies import Pipeline, Sliding
@@ -74,7 +75,8 @@ def whole_canvas(model, params, recipe: Denoise, state: DecodeState, rows) -> Pa
         mask=BlockMask.bidirectional(length), lengths=state.end,
     )  # fmt: skip
     if recipe.cache != "none":  # all running rows are served: nobody needs the old one
-        state = dataclasses.replace(state, cache=replaced(state.cache, out.kv))
+        ends = twice(recipe, state.end)
+        state = dataclasses.replace(state, cache=replaced(state.cache, out.kv, ends))
     state = _count(state, rows, state.end)
     start = twice(recipe, state.start) - shifted(model)
     return Pass(gather(out.hidden, start, recipe.width.size), state.start, state)
@@ -230,27 +232,46 @@ def sub_block(model, params, recipe: Denoise, state: DecodeState, base, rows) ->
     return Pass(hidden, base, _count(state, rows, size))
 
 
-def prefill(model, params, recipe: Denoise, state: DecodeState, width: int) -> tuple[Pass, Any]:
-    """What is before the first block goes into the cache, and that block rides on the pass.
+def prefill(
+    model, params, recipe: Denoise, state: DecodeState, width: int, chunk: int
+) -> tuple[Pass, Any]:
+    """What is before the first block goes into the cache, and that block rides on the last pass.
+
+    Args:
+      chunk: tokens of a pass (`chunks`); 0: all of them.
 
     Returns:
       The pass, and the hidden state of the last cached token, [R, 1, D].
     """
     size, config = recipe.width.size, model.config
     riding = recipe.first != "commit"
-    at = jnp.broadcast_to(jnp.arange(width), (len(state.start), width))
-    entries = state.tokens[:, :width]
     seen = {"causal": 1, "block_causal": size}.get(config.attention, width)
-    mask = BlockMask.block_causal(width, seen)
+    count, begin = chunks.parts(width, chunk)
+    cached, before = {}, None
+    if count:
+        cache, before = chunks.before_last(
+            partial(passed, model, params, recipe, state), state.tokens, state.start, state.cache,
+            jnp.zeros((state.cache.lengths.shape[0], 1, config.dim), config.dtype), count, chunk,
+            seen, partial(twice, recipe),
+        )  # fmt: skip
+        state = dataclasses.replace(state, cache=cache)
+        cached = {"cache": cache, "cache_end": jnp.minimum(state.start, begin)}
+    rest = width - begin
+    at = jnp.broadcast_to(begin + jnp.arange(rest), (len(state.start), rest))
+    entries = state.tokens[:, begin:width]
+    mask = BlockMask.block_causal(rest, seen)
     if riding:
         block, behind = _entries(state, state.start, size)
         entries = jnp.concatenate([entries, block], axis=1)
         at = jnp.concatenate([at, behind], axis=1)
-        mask = BlockMask.dual_stream(width, size, stride=0, offset=width, clean_block=seen)
-    out = passed(model, params, recipe, state, entries, at, mask=mask, lengths=state.start)
-    state = _store(recipe, state, cut(out.kv, 0, width), state.start)
-    hidden = out.hidden[:, width:]
-    last = gather(out.hidden[:, :width], twice(recipe, state.start) - 1, 1)
+        mask = BlockMask.dual_stream(rest, size, stride=0, offset=rest, clean_block=seen)
+    lengths = jnp.maximum(state.start - begin, 0)
+    out = passed(model, params, recipe, state, entries, at, mask=mask, lengths=lengths, **cached)
+    state = _store(recipe, state, cut(out.kv, 0, rest), lengths)
+    hidden = out.hidden[:, rest:]
+    last = gather(out.hidden[:, :rest], twice(recipe, lengths) - 1, 1)
+    if before is not None:
+        last = jnp.where(twice(recipe, lengths > 0)[:, None, None], last, before)
     if riding and shifted(model):
         own = twice(recipe, state.start == 0)[:, None, None]
         hidden = _shift(hidden, jnp.where(own, hidden[:, :1], last))

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dllm_jax.cache import DTYPES
+from dllm_jax.decode.prefill import CHUNK
 from dllm_jax.policies import Blocks, Pipeline, ReNoise, Sliding, random_part
 from dllm_jax.recipes import Denoise, Recipe, Verified
 from dllm_jax.typing import Key
@@ -24,6 +26,16 @@ class Prompt(NamedTuple):
     free: jax.Array | None = None  # bool[B, P]: positions to fill in; None: the text continues
 
 
+class Memory(NamedTuple):
+    """What a call holds on the device beside the weights: part of the program, hashable."""
+
+    chunk: int = 0  # tokens of a prompt that a pass takes (`decode.prefill`); 0: all
+    cache_dtype: str | None = None  # None: that of the model's activations
+
+
+PLAIN = Memory()
+
+
 class Job(NamedTuple):
     """A call to `generate`, ready for the device."""
 
@@ -32,6 +44,7 @@ class Job(NamedTuple):
     budget: jax.Array  # int32[]: the most new tokens
     keys: Key | None  # one a row
     size: int  # positions of a row's buffers, those of the canvas included
+    memory: Memory
 
 
 def pad(rows: Sequence, bucket: int = BUCKET) -> Prompt:
@@ -102,11 +115,15 @@ def checked(prompt, config, infilling: bool = False) -> Prompt:
     return prompt
 
 
-def edge(model, prompt: Prompt, recipe: Any, max_new_tokens: int | None, key) -> Job:
+def edge(
+    model, prompt: Prompt, recipe: Any, max_new_tokens: int | None, key,
+    prefill_chunk: int | None = None, cache_dtype: str | None = None,
+) -> Job:  # fmt: skip
     """Whether all fits; the recipe with arrays for numbers, a key a row, and the buffers' size.
 
     Args:
       max_new_tokens: None when infilling.
+      prefill_chunk, cache_dtype: as in `generate`.
     """
     config = model.config
     if not isinstance(recipe, Verified | Denoise):
@@ -136,8 +153,29 @@ def edge(model, prompt: Prompt, recipe: Any, max_new_tokens: int | None, key) ->
     room = -(-budget // BUCKET) * BUCKET
     if isinstance(recipe, Denoise) and not recipe.width.size:
         recipe = _whole(recipe, room or width)
+    if cache_dtype not in (None, *DTYPES):
+        raise ValueError(f"cache_dtype={cache_dtype!r} is none of {', '.join(DTYPES)}")
+    memory = Memory(chunk_of(recipe, config, width, prefill_chunk), cache_dtype)
     recipe = jax.tree.map(_strong, recipe)
-    return Job(prompt, recipe, jnp.int32(budget), keys, width + room)
+    return Job(prompt, recipe, jnp.int32(budget), keys, width + room, memory)
+
+
+def chunk_of(recipe: Recipe, config, width: int, asked: int | None) -> int:
+    """Tokens of a chunk of a prompt of `width`, whole blocks of them; 0: it goes in one piece."""
+    if asked is not None and not (isinstance(asked, int | np.integer) and asked >= 0):
+        raise ValueError(f"prefill_chunk={asked} must be a number of tokens, or 0 for all at once")
+    canvas = isinstance(recipe, Denoise) and recipe.cache in ("none", "prefix", "dual")
+    if canvas or config.attention == "bidirectional":
+        if asked:
+            raise ValueError(
+                "prefill_chunk is for prompts whose tokens do not see what follows; in this model,"
+                " under this recipe, all of the prompt sees all of it: leave it out"
+            )
+        return 0
+    causal = isinstance(recipe, Verified) or config.attention == "causal"
+    block = 1 if causal else recipe.width.size
+    chunk = -(-(CHUNK if asked is None else asked) // block) * block
+    return int(chunk) if chunk < width else 0
 
 
 def _whole(recipe: Denoise, size: int) -> Denoise:

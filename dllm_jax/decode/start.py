@@ -15,12 +15,15 @@ from dllm_jax.sharding import laid_out
 _FIRST_NOISE = 5  # stream of noise
 
 
-def initial(model, prompt: Prompt, recipe: Recipe, budget, keys, size: int) -> DecodeState:
+def initial(
+    model, prompt: Prompt, recipe: Recipe, budget, keys, size: int, cache_dtype: str | None = None
+) -> DecodeState:
     """The batch with its canvas open and its cache empty.
 
     Args:
       budget: int32[], the most new tokens; nothing when filling in.
       size: positions of the buffers that prompt and budget need; the recipe's blocks may add some.
+      cache_dtype: None: that of the model's activations.
     """
     config = model.config
     batch, width = prompt.tokens.shape
@@ -67,7 +70,9 @@ def initial(model, prompt: Prompt, recipe: Recipe, budget, keys, size: int) -> D
     else:
         slots, reach = length, end
         parts["drafts"] = jnp.zeros((batch, recipe.width), jnp.int32)
-    cache = model.cache(rows, slots) if slots else KVCache((), jnp.zeros(rows, jnp.int32))
+    cache = KVCache((), jnp.zeros(rows, jnp.int32))
+    if slots:
+        cache = model.cache(rows, slots, cache_dtype)
     zeros = jnp.zeros(batch, jnp.int32)
     empty = {
         "carry": jnp.zeros((0, 0, 0)),

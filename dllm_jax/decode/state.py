@@ -44,7 +44,8 @@ class DecodeState:
     drafts: jax.Array  # int32[B, W]: guesses at the tokens behind `written` (speculation)
     cache: KVCache  # of R rows: B, or 2 * B with guidance, those without the prompt behind
     stop: jax.Array  # int32[B]: RUNNING, END_OF_TURN or LENGTH
-    nfe: jax.Array  # int32[B]: forward passes that the row took part in, the prefill included
+    # int32[B]: forward passes that the row took part in; the prefill, in chunks too, is one of them
+    nfe: jax.Array
     queries: jax.Array  # int32[B]: entries processed in those passes, the prefill's prompt left out
     mask_id: int = dataclasses.field(metadata={"static": True})
     pad_id: int = dataclasses.field(metadata={"static": True})
@@ -97,7 +98,8 @@ class Result:
 
 def lies(path: str, shape: tuple[int, ...]) -> Any:
     """How a state lies on a mesh (`sharding.Place`): by rows, and its cache by kv heads too."""
-    return spec_of(shape, *(AXES if ".kv" in path else ("batch",)))
+    whole = ".cache." in path and len(shape) > 1  # keys and values, and scales of them
+    return spec_of(shape, *(AXES if whole else ("batch",)))
 
 
 def result(state: DecodeState, max_new_tokens: int) -> Result:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from dllm_jax.cache import append, cut
+from dllm_jax.decode import prefill
 from dllm_jax.decode.state import DecodeState, gather, is_end, stopped, window, without_mask, write
 from dllm_jax.nn.head import logits_of, mask_in_vocabulary, scores_of, stats_of
 from dllm_jax.nn.transformer import Transformer, forward
@@ -32,30 +33,49 @@ _TOKEN = 1  # stream of noise
 _AT_ONCE = 8  # positions whose scores exist at a time, where they must
 
 
-def first_steps(model, params, recipe: Verified, keys, state: DecodeState, width: int):
-    """The prefill of `width` prompt slots, and out of it the first token and the first drafts."""
-    batch = len(state.prompt)
-    entries = state.tokens[:, :width]
-    positions = jnp.broadcast_to(jnp.arange(width), (batch, width))
-    mask = BlockMask.causal(width)
-    if recipe.width:
-        masks = jnp.full((batch, recipe.width), state.mask_id, jnp.int32)
+def first_steps(model, params, recipe: Verified, keys, state: DecodeState, width: int, chunk: int):
+    """The prefill of `width` prompt slots, and out of it the first token and the first drafts.
+
+    Args:
+      chunk: tokens of a pass (`prefill`); 0: all of them.
+    """
+    batch, count = len(state.prompt), recipe.width
+    chunks, begin = prefill.parts(width, chunk)
+    size = width - begin
+    entries = state.tokens[:, begin:width]
+    positions = jnp.broadcast_to(begin + jnp.arange(size), (batch, size))
+    mask, cached = BlockMask.causal(size), {}
+    last = jnp.zeros((batch, 1, model.config.dim), model.config.dtype)
+    if chunks:
+
+        def passed(entries, at, **options):
+            return forward(model, params, entries, positions=at, canvas=False, **options)
+
+        cache, last = prefill.before_last(
+            passed, state.tokens, state.prompt, state.cache, last, chunks, chunk, 1
+        )
+        state = dataclasses.replace(state, cache=cache)
+        cached = {"cache": cache, "cache_end": cache.lengths}
+    if count:
+        masks = jnp.full((batch, count), state.mask_id, jnp.int32)
         entries = jnp.concatenate([entries, masks], axis=1)
-        ahead = state.prompt[:, None] + jnp.arange(recipe.width)
+        ahead = state.prompt[:, None] + jnp.arange(count)
         positions = jnp.concatenate([positions, ahead], axis=1)
-        mask = BlockMask.dual_stream(width, recipe.width, stride=0, offset=width)
+        mask = BlockMask.dual_stream(size, count, stride=0, offset=size)
+    lengths = jnp.maximum(state.prompt - begin, 0)
     out = forward(
-        model, params, entries, mask=mask, positions=positions, lengths=state.prompt,
-        canvas=recipe.width > 0,
+        model, params, entries, mask=mask, positions=positions, lengths=lengths, canvas=count > 0,
+        **cached,
     )  # fmt: skip
     state = dataclasses.replace(
         state,
-        cache=append(state.cache, cut(out.kv, 0, width), state.prompt),
+        cache=append(state.cache, cut(out.kv, 0, size), lengths),
         nfe=state.nfe + 1,
-        queries=state.queries + recipe.width,
+        queries=state.queries + count,
     )
-    last = gather(out.hidden, state.prompt - 1, 1)
-    return _settle(model, params, recipe, keys, state, 0, last, out.hidden[:, None, width:])
+    own = gather(out.hidden, lengths - 1, 1)
+    last = jnp.where((lengths > 0)[:, None, None], own, last)
+    return _settle(model, params, recipe, keys, state, 0, last, out.hidden[:, None, size:])
 
 
 def step(

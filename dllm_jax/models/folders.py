@@ -46,7 +46,8 @@ def facts_of(folder: epath.Path, config: Any) -> dict[str, Any]:
         "version": sources.VERSION,
         **_to_json(config),
         "files": {
-            str(file.relative_to(folder)): file.stat().length for file in _files(folder / "params")
+            str(file.relative_to(folder)): file.stat().length
+            for file in files_in(folder / "params")
         },
     }
 
@@ -100,10 +101,11 @@ def whole(folder: epath.Path, overwrite: bool) -> Iterator[epath.Path]:
             shutil.rmtree(new, ignore_errors=True)
 
 
-def _files(folder: epath.Path) -> Iterator[epath.Path]:
+def files_in(folder: epath.Path) -> Iterator[epath.Path]:
+    """Every file below a folder, sorted by folder and name."""
     for entry in sorted(folder.iterdir()):
         if entry.is_dir():
-            yield from _files(entry)
+            yield from files_in(entry)
         else:
             yield entry
 

@@ -13,10 +13,12 @@ from dllm_jax.models.published import (
     needed,
     pad_id,
     refuse,
+    refuse_windows,
+    rope,
+    rope_to_published,
     rotary_dim,
     rotary_factor,
     special_ids,
-    unscaled_rope,
 )
 from dllm_jax.models.tensors import TensorMap
 from dllm_jax.nn.transformer import TransformerConfig
@@ -45,6 +47,7 @@ def config_from_published(fields: Mapping[str, Any]) -> TransformerConfig:
     """
     for name, only in _FIXED.items():
         refuse(fields, name, only)
+    refuse_windows(fields)
     heads, dim = needed(fields, "num_attention_heads"), needed(fields, "hidden_size")
     head_dim = fields.get("head_dim") or dim // heads
     ffn, top = needed(fields, "moe_intermediate_size"), needed(fields, "num_experts_per_tok")
@@ -58,8 +61,7 @@ def config_from_published(fields: Mapping[str, Any]) -> TransformerConfig:
         num_kv_heads=fields.get("num_key_value_heads") or heads,
         head_dim=head_dim,
         ffn_dim=needed(fields, "intermediate_size"),
-        max_length=fields.get("max_position_embeddings", 16384),
-        rope_theta=unscaled_rope(fields),
+        **rope(fields, 16384),
         rotary_dim=rotary_dim(head_dim, float(fields.get("partial_rotary_factor", 0.5))),
         norm_eps=float(fields.get("rms_norm_eps", 1e-5)),
         tied_head=bool(fields.get("tie_word_embeddings", False)),
@@ -101,8 +103,7 @@ def config_to_published(config: TransformerConfig) -> dict[str, Any]:
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "intermediate_size": config.ffn_dim,
-        "max_position_embeddings": config.max_length,
-        "rope_theta": config.rope_theta,
+        **rope_to_published(config),
         "partial_rotary_factor": rotary_factor(config),
         "rotary_dim": config.rotary_dim or config.head_dim,
         "rms_norm_eps": config.norm_eps,

@@ -14,10 +14,12 @@ from dllm_jax.models.published import (
     needed,
     pad_id,
     refuse,
+    refuse_windows,
+    rope,
+    rope_to_published,
     rotary_dim,
     rotary_factor,
     special_ids,
-    unscaled_rope,
 )
 from dllm_jax.nn.transformer import TransformerConfig
 from dllm_jax.ops.moe import MoEConfig
@@ -37,6 +39,7 @@ def config_from_published(fields: Mapping[str, Any]) -> TransformerConfig:
     """
     refuse(fields, "hidden_act", "silu")
     refuse(fields, "attention_bias", False)
+    refuse_windows(fields)
     # The published code has these fields and does nothing, or nothing else, by them.
     refuse(fields, "moe_router_score_function", "softmax")
     refuse(fields, "routed_scaling_factor", 1)
@@ -56,8 +59,7 @@ def config_from_published(fields: Mapping[str, Any]) -> TransformerConfig:
         num_kv_heads=fields.get("num_key_value_heads") or heads,
         head_dim=head_dim,
         ffn_dim=fields.get("dense_intermediate_size") or 8192,
-        max_length=fields.get("max_position_embeddings", 8192),
-        rope_theta=unscaled_rope({"rope_theta": 50_000.0, **fields}),
+        **rope({"rope_theta": 50_000.0, **fields}, 8192),
         rotary_dim=rotary_dim(head_dim, float(fields.get("partial_rotary_factor") or 1)),
         norm_eps=float(fields.get("rms_norm_eps", 1e-5)),
         tied_head=bool(fields.get("tie_word_embeddings", False)),
@@ -94,8 +96,7 @@ def config_to_published(config: TransformerConfig) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "dense_intermediate_size": config.ffn_dim,
-        "max_position_embeddings": config.max_length,
-        "rope_theta": config.rope_theta,
+        **rope_to_published(config),
         "partial_rotary_factor": rotary_factor(config),
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied_head,

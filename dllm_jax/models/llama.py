@@ -16,8 +16,10 @@ from dllm_jax.models.published import (
     needed,
     pad_id,
     refuse,
+    refuse_windows,
+    rope,
+    rope_to_published,
     special_ids,
-    unscaled_rope,
 )
 from dllm_jax.models.tensors import TensorMap
 from dllm_jax.nn.transformer import TransformerConfig
@@ -80,7 +82,7 @@ def config_from_published(fields: Mapping[str, Any]) -> TransformerConfig:
     kind = KINDS[family]
     refuse(fields, "hidden_act", "silu")
     refuse(fields, "mlp_bias", False)
-    refuse(fields, "use_sliding_window", False)
+    refuse_windows(fields)
     refuse(fields, "use_mrope", False)
     if not kind.bias:
         refuse(fields, "attention_bias", False)
@@ -95,8 +97,7 @@ def config_from_published(fields: Mapping[str, Any]) -> TransformerConfig:
         num_kv_heads=fields.get("num_key_value_heads") or heads,
         head_dim=fields.get("head_dim") or kind.head_dim or dim // heads,
         ffn_dim=needed(fields, "intermediate_size"),
-        max_length=fields.get("max_position_embeddings", 2048),
-        rope_theta=unscaled_rope(fields),
+        **rope(fields, 2048),
         norm_eps=float(fields.get("rms_norm_eps", 1e-6)),
         tied_head=bool(fields.get("tie_word_embeddings", False)),
         qkv_bias=kind.bias,
@@ -135,8 +136,7 @@ def config_to_published(config: TransformerConfig) -> dict[str, Any]:
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "intermediate_size": config.ffn_dim,
-        "max_position_embeddings": config.max_length,
-        "rope_theta": config.rope_theta,
+        **rope_to_published(config),
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied_head,
         "hidden_act": "silu",

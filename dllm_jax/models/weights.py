@@ -5,6 +5,7 @@ Names and shapes are checked against the config before a single tensor is read.
 """
 
 import dataclasses
+import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from dllm_jax import sources
 from dllm_jax.models import registry
+from dllm_jax.models.placing import Index, placed
 from dllm_jax.models.tensors import TensorMap, leaves
 from dllm_jax.nn.tree import Entry, param_shapes
 from dllm_jax.typing import Params
@@ -49,18 +51,18 @@ def open_folder(folder: epath.Path) -> Weights:
     config = family.config_from_published({**fields, "eos_token_id": eos})
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, str] = {}
-    home: dict[str, tuple[Any, str]] = {}
+    home: dict[str, tuple[epath.Path, int]] = {}
     called = getattr(family, "published_name", str)  # where a family has several names for a tensor
     for file in _shards(folder):
-        shard = _open_safetensors(file)
-        for stored in shard.keys():
-            name, view = called(stored), shard.get_slice(stored)
-            shapes[name], dtypes[name] = tuple(view.get_shape()), view.get_dtype()
-            home[name] = shard, stored
+        for stored, (dtype, shape, offset) in _contents(file).items():
+            name = called(stored)
+            shapes[name], dtypes[name], home[name] = shape, dtype, (file, offset)
 
     def read(name: str) -> np.ndarray:
-        shard, stored = home[name]
-        return shard.get_tensor(stored)
+        """A view of the file: what is cut out of it is read, the rest is not."""
+        file, offset = home[name]
+        dtype = _dtype(str(folder), name, dtypes[name])
+        return np.memmap(os.fspath(file), dtype, "r", offset, shapes[name])
 
     if hasattr(family, "constants"):
         there = [name for name in family.constants(config) if name in home]
@@ -117,24 +119,47 @@ def open_gguf(reader: gguf.GGUFReader, where: str) -> Weights:
 
 
 def assemble(
-    weights: Weights, dtype: str, place: Callable[[str, np.ndarray], Any] | None = None
+    weights: Weights,
+    dtype: str,
+    shardings: Params | None = None,
+    names: tuple[str, ...] | None = None,
 ) -> Params:
-    """Our parameter tree, one array at a time: the host holds the largest stacked array, no more.
+    """Our parameter tree: NumPy arrays, or each array on its devices.
 
     Args:
       dtype: of the parameters.
-      place: given each path ("layers/mlp/up") and array, what to keep: the array on its devices,
-        say. By default the tree is of NumPy arrays.
+      names: the top-level entries to read; all by default.
+      shardings: the tree of them. A process then reads what its devices hold, and its host has a
+        piece of that at a time (`placing.PIECE` bytes; of GGUF files and of packed or merged
+        tensors, the published tensor besides). Without, the host holds the whole model.
     """
-    config = _with_dtype(weights.config, dtype)
+    shapes = param_shapes(_with_dtype(weights.config, dtype))
+    shapes = {name: sub for name, sub in shapes.items() if names is None or name in names}
     rows = {path: row for row in weights.maps for path in row.paths}
-    shapes, arrays = param_shapes(config), []
+    homes = {} if shardings is None else dict(leaves(shardings))
+    arrays: list[Any] = []
     for path, struct in leaves(shapes):
-        row, buffer = rows[path], np.empty(struct.shape, struct.dtype)
-        for index, name in row.entries(config):
-            buffer[index] = row.ours(config, weights.read(name), path)
-        arrays.append(buffer if place is None else place(path, buffer))
+        read = _reader(weights, rows[path], path, struct)
+        if shardings is None:
+            arrays.append(read(tuple(slice(0, size) for size in struct.shape)))
+        else:
+            arrays.append(placed(struct.shape, struct.dtype, homes[path], read))
     return jax.tree.unflatten(jax.tree.structure(shapes), arrays)
+
+
+def _reader(weights: Weights, row: TensorMap, path: str, struct) -> Callable[[Index], np.ndarray]:
+    """Reads any part of one of our arrays."""
+    names = dict(row.entries(weights.config))
+    stacked = len(next(iter(names)))  # axes of layers and experts
+
+    def read(index: Index) -> np.ndarray:
+        part = np.empty([s.stop - s.start for s in index], struct.dtype)
+        for at in np.ndindex(*part.shape[:stacked]):
+            name = names[tuple(s.start + i for s, i in zip(index[:stacked], at, strict=True))]
+            part[at] = row.ours(weights.config, weights.read(name), path)[index[stacked:]]
+        return part
+
+    return read
 
 
 def _with_dtype(config: Any, dtype: str) -> Any:
@@ -193,14 +218,23 @@ def _shards(folder: epath.Path) -> list[epath.Path]:
     return files
 
 
-def _open_safetensors(file: epath.Path) -> Any:
+def _contents(file: epath.Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    """Of each tensor of a safetensors file its dtype, its shape, and where its bytes begin."""
     try:
-        return safe_open(os.fspath(file), framework="np")
+        safe_open(os.fspath(file), framework="np")  # checks the header, and that all of it is there
     except SafetensorError as error:
         raise ValueError(
             f"{file} is not a readable safetensors file ({error}): it is truncated or damaged;"
             " download it again"
         ) from error
+    with open(file, "rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+    header.pop("__metadata__", None)
+    return {
+        name: (facts["dtype"], tuple(facts["shape"]), 8 + size + facts["data_offsets"][0])
+        for name, facts in header.items()
+    }
 
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -211,14 +245,19 @@ def _stored_dtype(weights: Weights, dtypes: Mapping[str, str]) -> str:
     found, fixed = set(), _fixed(weights.config)
     for row in weights.maps:
         for _, name in row.entries(weights.config):
-            if dtypes[name] not in _DTYPES:
-                raise ValueError(
-                    f"{weights.where}: tensor {name!r} is stored as {dtypes[name]}; only"
-                    f" {', '.join(_DTYPES)} are read: take an unquantised copy of the model"
-                )
+            dtype = _dtype(weights.where, name, dtypes[name])
             if not fixed.issuperset(row.paths):
-                found.add(jnp.dtype(_DTYPES[dtypes[name]]))
+                found.add(dtype)
     return jnp.result_type(*found).name
+
+
+def _dtype(where: str, name: str, stored: str) -> np.dtype:
+    if stored not in _DTYPES:
+        raise ValueError(
+            f"{where}: tensor {name!r} is stored as {stored}; only {', '.join(_DTYPES)} are read:"
+            " take an unquantised copy of the model"
+        )
+    return jnp.dtype(_DTYPES[stored])
 
 
 def _fixed(config: Any) -> set[str]:

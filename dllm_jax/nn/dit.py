@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dllm_jax.cache import KVCache, allocate
+from dllm_jax.nn import remat
 from dllm_jax.nn.head import Head
 from dllm_jax.nn.transformer import Output
 from dllm_jax.nn.tree import Entry, init, param_shapes
@@ -55,9 +56,10 @@ class DiTConfig:
     noise_max: float = 1.0
     dtype: str = "float32"  # activations
     param_dtype: str = "float32"
-    remat: bool = False  # recompute each layer in the backward pass instead of storing it
+    remat: str | bool = "none"  # what the backward pass computes again: one of `remat.NAMES`
 
     def __post_init__(self):
+        object.__setattr__(self, "remat", remat.check(self.remat))
         if self.dim % self.num_heads or self.head_dim % 2:
             raise ValueError(
                 f"dim={self.dim} must be num_heads={self.num_heads} heads of an even size"
@@ -169,8 +171,7 @@ class DiT(nn.Module):
             number, layer = xs
             return _layer(context, number, layer, hidden)
 
-        if config.remat:
-            body = jax.checkpoint(body, prevent_cse=False)
+        body = remat.rematerialised(body, config.remat)
         numbers = jnp.arange(config.num_layers)
         hidden, kv = jax.lax.scan(body, hidden, (numbers, tree["layers"]))
         shift, scale = _modulation(tree["output"], context.noise)
@@ -181,10 +182,10 @@ class DiT(nn.Module):
         """The output projection."""
         return Head(self.tree["head"], self.tree["output"]["head_bias"])
 
-    def cache(self, batch: int, slots: int) -> KVCache:
-        """An empty cache for this architecture."""
+    def cache(self, batch: int, slots: int, dtype: str | None = None) -> KVCache:
+        """An empty cache for this architecture, in the dtype of its activations or another."""
         c = self.config
-        return allocate(c.num_layers, batch, c.num_heads, slots, c.head_dim, c.dtype)
+        return allocate(c.num_layers, batch, c.num_heads, slots, c.head_dim, dtype or c.dtype)
 
 
 class _Context(NamedTuple):
@@ -209,7 +210,7 @@ def _layer(context: _Context, number, layer: Params, hidden: jax.Array):
     q, k = rotate(q, *context.angles), rotate(k, *context.angles)
     cached: dict[str, Any] = {}
     if context.cache is not None:
-        cached = {"cache": context.cache.kv, "layer": number}
+        cached = context.cache.layer(number)
     mixed = attention(
         q, k, v, context.mask, **cached, cache_end=context.cache_end, hole=context.hole,
         lengths=context.lengths,

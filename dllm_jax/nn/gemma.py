@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dllm_jax.cache import AXES, KVCache
+from dllm_jax.cache import AXES, KVCache, scales
+from dllm_jax.nn import remat
 from dllm_jax.nn.gemma_tree import gemma_tree
 from dllm_jax.nn.head import Head
 from dllm_jax.nn.transformer import Output
@@ -68,9 +69,10 @@ class GemmaConfig:
     pad_id: int = 0
     dtype: str = "float32"  # activations
     param_dtype: str = "float32"
-    remat: bool = False  # recompute each layer in the backward pass instead of storing it
+    remat: str | bool = "none"  # what the backward pass computes again: one of `remat.NAMES`
 
     def __post_init__(self):
+        object.__setattr__(self, "remat", remat.check(self.remat))
         if not self.layer_types or not set(self.layer_types) <= set(KINDS):
             raise ValueError(f"layer_types={self.layer_types} must be of {', '.join(KINDS)}")
         for heads in (self.num_kv_heads, self.full_num_kv_heads):
@@ -206,14 +208,18 @@ class Gemma(nn.Module):
         """
         return _scaled(self.config, mean.astype(self.config.dtype))
 
-    def cache(self, batch: int, slots: int) -> KVCache:
-        """An empty cache for this architecture: an array for each of `config.kinds`."""
+    def cache(self, batch: int, slots: int, dtype: str | None = None) -> KVCache:
+        """An empty cache for this architecture: an array for each of `config.kinds`.
+
+        In the dtype of its activations, or another.
+        """
         c, kv = self.config, []
         for kind in c.kinds:
             kv_heads, size = c.heads(kind)
             shape = (len(c.numbers(kind)), batch, kv_heads, slots, 2 * size)
-            kv.append(constrain(jnp.zeros(shape, c.dtype), *AXES))
-        return KVCache(tuple(kv), jnp.zeros(batch, jnp.int32))
+            kv.append(constrain(jnp.zeros(shape, dtype or c.dtype), *AXES))
+        scale = tuple(scales(x) for x in kv) if kv[0].dtype == jnp.int8 else None
+        return KVCache(tuple(kv), jnp.zeros(batch, jnp.int32), scale)
 
 
 class _Context(NamedTuple):
@@ -243,8 +249,7 @@ def _run(context: _Context, layers: Params, hidden: jax.Array) -> tuple[jax.Arra
         first = {kind: repeat * period.count(kind) for kind in config.kinds}
         for kind, count in runs:
             one = partial(_layer, context, kind, layers[kind])
-            if config.remat:
-                one = jax.checkpoint(one, prevent_cse=False)
+            one = remat.rematerialised(one, config.remat)
             hidden, kv = jax.lax.scan(one, hidden, first[kind] + jnp.arange(count))
             found[kind].append(kv)
             first[kind] += count
@@ -290,7 +295,7 @@ def _attention(context: _Context, kind: str, number, p: Params, hidden: jax.Arra
     v = rms_norm(v, None, config.norm_eps)
     cached: dict[str, Any] = {}
     if context.cache is not None:
-        cached = {"cache": context.cache.kv[config.kinds.index(kind)], "layer": number}
+        cached = context.cache.layer(number, config.kinds.index(kind))
     mixed = attention(
         q, k, v, context.mask, **cached, cache_end=context.cache_end, hole=context.hole,
         lengths=context.lengths, window=config.window if kind == "sliding" else 0, scale=1.0,

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dllm_jax.cache import AXES, KVCache, allocate
+from dllm_jax.nn import remat
 from dllm_jax.nn.adapters import AdapterConfig, low_rank
 from dllm_jax.nn.head import Head
 from dllm_jax.nn.transformer_tree import transformer_tree
@@ -27,7 +28,7 @@ from dllm_jax.ops.attention import attention
 from dllm_jax.ops.embedding import lookup
 from dllm_jax.ops.moe import MoEConfig, Stack, experts, route
 from dllm_jax.ops.norm import rms_norm
-from dllm_jax.ops.rope import rope_angles, rotate
+from dllm_jax.ops.rope import RopeScaling, rope_angles, rotate
 from dllm_jax.sharding import automatic, constrain, spec_of
 from dllm_jax.typing import Params
 from pallas_kernels import BlockMask
@@ -47,6 +48,7 @@ class TransformerConfig:
     ffn_dim: int
     max_length: int = 8192
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None  # for texts longer than those of the first training
     rotary_dim: int = 0  # RoPE turns the first ones of each head; 0: the whole head
     norm_eps: float = 1e-5
     tied_head: bool = False  # the output projection is the embedding, transposed
@@ -61,10 +63,11 @@ class TransformerConfig:
     pad_id: int = 0
     dtype: str = "float32"  # activations
     param_dtype: str = "float32"
-    remat: bool = False  # recompute each layer in the backward pass instead of storing it
+    remat: str | bool = "none"  # what the backward pass computes again: one of `remat.NAMES`
     adapter: AdapterConfig | None = None
 
     def __post_init__(self):
+        object.__setattr__(self, "remat", remat.check(self.remat))
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
@@ -204,7 +207,10 @@ class Transformer(nn.Module):
                 adapter = None
             else:
                 gate = jnp.equal(tokens, config.mask_id)
-        angles = rope_angles(positions, config.rotary_dim or config.head_dim, config.rope_theta)
+        angles = rope_angles(
+            positions, config.rotary_dim or config.head_dim, config.rope_theta,
+            config.rope_scaling, config.max_length,
+        )  # fmt: skip
         context = _Context(config, mask, angles, adapter, gate, cache, cache_end, hole, lengths)
         hidden = embed(tree, config, tokens, gate)
         hidden, kv = _run(context, tree, hidden, frozen_layers)
@@ -215,10 +221,10 @@ class Transformer(nn.Module):
         """The output projection."""
         return Head(self.tree["embed" if self.config.tied_head else "head"])
 
-    def cache(self, batch: int, slots: int) -> KVCache:
-        """An empty cache for this architecture."""
+    def cache(self, batch: int, slots: int, dtype: str | None = None) -> KVCache:
+        """An empty cache for this architecture, in the dtype of its activations or another."""
         c = self.config
-        return allocate(c.num_layers, batch, c.num_kv_heads, slots, c.head_dim, c.dtype)
+        return allocate(c.num_layers, batch, c.num_kv_heads, slots, c.head_dim, dtype or c.dtype)
 
 
 def embed(
@@ -283,8 +289,7 @@ def _scan(context: _Context, layers: Params, hidden: jax.Array, first: int, last
         stack = None if every is None else Stack(number - start, *every)
         return _layer(context, number, layer["base"], layer.get("adapter", {}), stack, hidden)
 
-    if context.config.remat:
-        body = jax.checkpoint(body, prevent_cse=False)
+    body = remat.rematerialised(body, context.config.remat)
     return jax.lax.scan(body, hidden, (jnp.arange(first, last), layers))
 
 
@@ -313,7 +318,7 @@ def _layer(
     q, k = rotate(q, *context.angles), rotate(k, *context.angles)
     cached: dict[str, Any] = {}
     if context.cache is not None:
-        cached = {"cache": context.cache.kv, "layer": number}
+        cached = context.cache.layer(number)
     mixed = attention(
         q, k, v, context.mask, **cached, cache_end=context.cache_end, hole=context.hole,
         lengths=context.lengths,

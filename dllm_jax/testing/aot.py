@@ -68,10 +68,18 @@ def _topology(chip: str):
         return "cuda", topologies.get_topology_desc(
             platform="cuda", topology_name=chip, target_config=GPUS[chip], topology="1x1x1"
         )
+    return "tpu", tpu_topology(CHIPS[chip])
+
+
+def tpu_topology(name: str, **options: Any):
+    """The description of a TPU topology ("v5e:2x2"), by libtpu; `options` are those it takes."""
     # Before the compiler is loaded: nobody asks a cloud's metadata server, or for a lock.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    return "tpu", topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip])
+    # Nor are they missed aloud: what they say is of the machine, not of the topology.
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+    return topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
 
 
 class CudaKernel(NamedTuple):

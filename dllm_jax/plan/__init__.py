@@ -1,0 +1,188 @@
+"""What a run needs before there is a chip to run it on: memory, collectives, time.
+
+    found = plan("llada2-flash-100b", "v6e:8x8", mode="decode", batch=64, context=32_768)
+    print(found.peak, found.fits, found.tokens_per_second)
+
+The closed forms of `roofline` answer at once; the real compiler of the chip, which needs no chip,
+then compiles the real program and says what it holds and what its devices tell each other.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dllm_jax import roofline
+from dllm_jax.plan.architectures import NAMED, Architecture
+from dllm_jax.plan.compiled import Compiled, Exchange, TooLarge, compile_program
+from dllm_jax.plan.estimate import memory_of, work_of
+from dllm_jax.plan.programs import program
+from dllm_jax.plan.setting import MODES, setting
+from dllm_jax.plan.topology import Topology, default_layout, layout, mesh_of, topology
+from dllm_jax.testing.aot import has_compiler
+
+__all__ = ["MODES", "NAMED", "Architecture", "Compiled", "Exchange", "Plan", "plan"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is known of a run. Bytes, FLOPs and seconds are of each device, for one pass or step."""
+
+    model: str
+    topology: str
+    devices: int
+    mesh: dict[str, int]  # axes of more than one device
+    mode: str  # "decode", "prefill" or "train"
+    recipe: str
+    batch: int
+    context: int
+    block: int
+    dtype: str  # of activations and cache
+    param_dtype: str
+    parameters: roofline.Parameters
+    memory: dict[str, int]  # bytes by role, in closed form
+    limit: int  # bytes that a program may use
+    compiled: Compiled | None
+    reason: str | None  # why nothing was compiled, or what the compiler refused
+    work: roofline.Work
+    time: roofline.Time
+    tokens_per_forward: float  # of a row; assumed
+    fits: bool
+    largest_batch: int  # at this context; 0: none
+    largest_context: int  # at this batch, in steps of 1024; 0: none
+
+    @property
+    def estimate(self) -> int:
+        """The peak in closed form."""
+        return sum(self.memory.values())
+
+    @property
+    def peak(self) -> int:
+        """By the compiler, or else in closed form."""
+        return self.compiled.peak if self.compiled else self.estimate
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all rows together, at the chips' peaks: written, read (prefill) or learnt from."""
+        each = {"decode": self.tokens_per_forward}.get(self.mode, self.context)
+        return self.batch * each / self.time.least
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        found = dataclasses.asdict(self)
+        named = {"parameters": self.parameters, "work": self.work, "time": self.time}
+        found |= {name: value._asdict() for name, value in named.items()}
+        if self.compiled:
+            exchanges = [x._asdict() for x in self.compiled.exchanges]
+            found["compiled"] = self.compiled._asdict() | {"exchanges": exchanges}
+        derived = {"bound": self.time.bound, "tokens_per_second": self.tokens_per_second}
+        return found | {"estimate": self.estimate, "peak": self.peak, **derived}
+
+
+def plan(
+    model: str,
+    topology: str,
+    *,
+    mode: str = "decode",
+    batch: int = 1,
+    context: int = 4096,
+    block: int | None = None,
+    mesh: Mapping[str, int] | None = None,
+    recipe: str | None = None,
+    dtype: str = "bfloat16",
+    cache_dtype: str | None = None,
+    tokens_per_forward: float | None = None,
+    effort: str = "low",
+    compiling: bool = True,
+    told: Callable[[str], None] = lambda text: None,
+) -> Plan:
+    """Plans a run of a model on a topology.
+
+    Args:
+      model: a name of `NAMED`, or what `load` takes: a name, or a folder, of which the config is
+        read.
+      topology: "v5e:16x16", "v5p:2x2x1", "h100:8"; GPUs are answered in closed form.
+      mode: "decode" (one denoising step and its cache), "prefill" or "train" (a step of AdamW on
+        the dual stream, parameters and moments in float32).
+      batch, context: rows, and positions of each.
+      block: of the recipe, or of the noise; None is its own.
+      mesh: the size of each axis, of data, fsdp, expert, context and tensor; None suits the model.
+      recipe: None is the one that the model is published with.
+      dtype: of activations, cache and (but in training) weights.
+      cache_dtype: of the cache, in closed form alone.
+      tokens_per_forward: that a row writes in a pass; None is what is reported for the model, or 1.
+      effort: "low" compiles in seconds what "full" compiles as for a run.
+      compiling: False answers in closed form.
+      told: is called with what is being done.
+
+    Raises:
+      FileNotFoundError, ValueError: no such model, topology, mesh, mode or recipe.
+    """
+    own = _topology(topology)
+    asked = setting(
+        model, mode, batch=batch, context=context, block=block, recipe=recipe, dtype=dtype,
+        tokens_per_forward=tokens_per_forward,
+    )  # fmt: skip
+    sizes = layout(own, mesh, default_layout(asked.config, mode, own, batch))
+    memory = memory_of(asked, sizes, cache_dtype)
+    compiled, reason = None, _reason(own, compiling, cache_dtype)
+    fits = sum(memory.values()) <= own.chip.hbm
+    if reason is None:
+        told(f"compiling {mode} of {model} for {own.name}")
+        try:
+            devices = mesh_of(own, sizes)
+            compiled = compile_program(program(asked, devices), devices, effort=effort)
+            fits = compiled.peak <= own.chip.hbm
+        except TooLarge as error:
+            reason, fits = f"the compiler refuses: {error}", False
+    # What the compiler holds beyond the closed form is taken to grow as that does.
+    extra = compiled.peak / sum(memory.values()) if compiled else 1.0
+
+    def held(batch: int = batch, context: int = context) -> float:
+        changed = dataclasses.replace(asked, batch=batch, context=context)
+        return extra * sum(memory_of(changed, sizes, cache_dtype).values())
+
+    work = work_of(asked, sizes)
+    step = math.prod(sizes[axis] for axis in ("data", "fsdp", "expert"))
+    return Plan(
+        model=model, topology=own.name, devices=own.devices,
+        mesh={axis: size for axis, size in sizes.items() if size > 1}, mode=mode,
+        recipe="dual stream" if mode == "train" else asked.recipe_name, batch=batch,
+        context=context, block=asked.block, dtype=asked.config.dtype,
+        param_dtype=asked.config.param_dtype, parameters=roofline.parameters(asked.config),
+        memory=memory, limit=int(own.chip.hbm), compiled=compiled, reason=reason, work=work,
+        time=roofline.time_of(work, own.chip), tokens_per_forward=asked.tokens_per_forward,
+        fits=fits,
+        largest_batch=_most(lambda n: held(batch=n * step), own.chip.hbm) * step,
+        largest_context=_most(lambda n: held(context=n * 1024), own.chip.hbm) * 1024,
+    )  # fmt: skip
+
+
+def _topology(name: str) -> Topology:
+    return topology(name)
+
+
+def _reason(own: Topology, compiling: bool, cache_dtype: str | None) -> str | None:
+    """Why a program is not compiled, if it is not."""
+    if not compiling:
+        return "not asked for"
+    if not own.is_tpu:
+        return "programs are compiled for TPUs alone"
+    if cache_dtype is not None:
+        return f"a cache in {cache_dtype} is planned in closed form alone"
+    if not has_compiler("tpu"):
+        return "the TPU compiler is not installed: pip install 'dllm-jax[aot]'"
+    return None
+
+
+def _most(needs: Callable[[int], float], room: float) -> int:
+    """The largest number whose need there is room for, up to 2 ** 24; needs grow."""
+    if needs(1) > room:
+        return 0
+    low, high = 1, 2
+    while high < 1 << 24 and needs(high) <= room:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if needs(middle) <= room else (low, middle)
+    return low

@@ -1,0 +1,55 @@
+"""Memory and work of a setting in closed form."""
+
+from collections.abc import Mapping
+
+from dllm_jax import roofline
+from dllm_jax.plan.setting import Setting
+from dllm_jax.recipes import Verified
+
+
+def memory_of(
+    own: Setting, layout: Mapping[str, int], cache_dtype: str | None = None
+) -> dict[str, int]:
+    """Bytes by role, of each device."""
+    if own.mode == "train":
+        return roofline.train_memory(own.config, layout, batch=own.batch, length=own.context)
+    slots = own.context + _spare(own)
+    entries = own.block if own.mode == "decode" else own.context
+    if own.mode == "decode" and _rides(own):
+        entries = 2 * own.block
+    return roofline.decode_memory(
+        own.config, layout, batch=own.batch, slots=slots, entries=entries, cache_dtype=cache_dtype
+    )
+
+
+def work_of(own: Setting, layout: Mapping[str, int]) -> roofline.Work:
+    """Of one pass, or one step of training."""
+    config, batch, context = own.config, own.batch, own.context
+    if own.mode == "train":
+        return roofline.train_work(config, layout, batch=batch, length=context, block=own.block)
+    if own.mode == "prefill":
+        canvas = own.recipe.cache in ("none", "prefix", "dual") if _denoises(own) else False
+        riding = 0 if canvas else own.block if _denoises(own) else own.recipe.width
+        prompt = context - riding
+        own_pass = roofline.prefill_pass(config, batch=batch, prompt=prompt, riding=riding)
+        return roofline.forward_work(config, layout, own_pass)
+    own_pass = roofline.decode_pass(batch=batch, entries=own.block, context=context)
+    return roofline.forward_work(config, layout, own_pass)
+
+
+def _denoises(own: Setting) -> bool:
+    return not isinstance(own.recipe, Verified)
+
+
+def _rides(own: Setting) -> bool:
+    """Whether a finished block rides on the pass of the next one."""
+    return _denoises(own) and own.recipe.cache == "exact" and own.recipe.first is None
+
+
+def _spare(own: Setting) -> int:
+    """Slots behind the text, which `decode.start` adds."""
+    if not _denoises(own):
+        return own.recipe.width + 1
+    if own.recipe.cache in ("none", "prefix", "dual"):
+        return 0
+    return 2 * own.block

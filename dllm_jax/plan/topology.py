@@ -1,0 +1,111 @@
+"""Topologies by their names, and the mesh that a program is planned on."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from dllm_jax.roofline import CHIPS, Chip
+from dllm_jax.testing.aot import has_compiler, tpu_topology
+
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+"""Of a mesh, the neighbours last."""
+
+
+class Topology(NamedTuple):
+    """A slice of a pod, or a host of GPUs."""
+
+    name: str
+    chip: Chip
+    chips: int
+
+    @property
+    def devices(self) -> int:
+        return self.chips * self.chip.cores
+
+    @property
+    def is_tpu(self) -> bool:
+        return self.chip.name.startswith("v")
+
+
+def topology(name: str) -> Topology:
+    """A topology by its name: "v5e:16x16", "v5p:4x8x8", "v7x:2x2x1", or GPUs by number, "h100:8".
+
+    Raises:
+      ValueError: it is none.
+    """
+    chip, _, shape = name.lower().replace("tpu7x", "v7x").partition(":")
+    known = ", ".join(CHIPS)
+    if chip not in CHIPS:
+        raise ValueError(f"topology {name!r}: {chip!r} is none of the chips {known}")
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){0,2}", shape):
+        example = "16x16" if chip in ("v5e", "v6e") else "2x2x2" if chip[0] == "v" else "8"
+        raise ValueError(f"topology {name!r} names no shape; write one as in {chip}:{example}")
+    sizes = [int(size) for size in shape.split("x")]
+    dimensions = {"v5e": 2, "v6e": 2, "v4": 3, "v5p": 3, "v7x": 3}.get(chip, 1)
+    if len(sizes) != dimensions:
+        raise ValueError(f"topology {name!r}: {chip} is wired in {dimensions} dimensions")
+    return Topology(f"{chip}:{shape}", CHIPS[chip], math.prod(sizes))
+
+
+def layout(own: Topology, sizes: Mapping[str, int] | None, default: Mapping[str, int]):
+    """The sizes of all axes of the mesh, by what is asked or else by default.
+
+    Raises:
+      ValueError: an axis is unknown, or the sizes are not as many as the devices.
+    """
+    found = dict.fromkeys(AXES, 1) | dict(sizes or default)
+    if unknown := sorted(set(found) - set(AXES)):
+        raise ValueError(f"mesh axes {unknown} are none of {AXES}")
+    if any(size < 1 for size in found.values()) or math.prod(found.values()) != own.devices:
+        spelled = " x ".join(f"{axis}={size}" for axis, size in found.items() if size != 1)
+        raise ValueError(
+            f"a mesh of {spelled or 'one device'} is not the {own.devices} devices of {own.name}"
+        )
+    return found
+
+
+def default_layout(config: Any, mode: str, own: Topology, batch: int) -> dict[str, int]:
+    """A mesh that suits a model, unless somebody knows better.
+
+    Training: experts over their axis, everything else in shards that are gathered layer by layer;
+    `tensor` where there are more devices than rows. Decoding and prefill: as many shards of heads
+    as there are key/value heads, then experts, then rows.
+    """
+    devices = own.devices
+    moe = getattr(config, "moe", None) or config
+    experts = getattr(moe, "num_experts", 1)
+    if mode == "train":
+        tensor = devices // math.gcd(devices, batch)
+        tensor = math.gcd(tensor, config.num_kv_heads)
+        expert = math.gcd(min(16, devices // tensor), experts)
+        fsdp = devices // tensor // expert
+        return {"fsdp": fsdp, "expert": expert, "tensor": tensor}
+    tensor = math.gcd(devices, config.num_kv_heads)
+    expert = math.gcd(devices // tensor, experts)
+    return {"data": devices // tensor // expert, "expert": expert, "tensor": tensor}
+
+
+def mesh_of(own: Topology, sizes: Mapping[str, int]) -> Mesh:
+    """A mesh of the devices of a TPU topology, which need not be there."""
+    shape = [sizes[axis] for axis in AXES]
+    devices = np.array(tpu_devices(own)).reshape(shape)
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def tpu_devices(own: Topology) -> list[Any]:
+    """Its devices, by the TPU compiler.
+
+    Raises:
+      RuntimeError: the compiler is not installed.
+    """
+    if not has_compiler("tpu"):
+        raise RuntimeError("the TPU compiler is not installed: pip install 'dllm-jax[aot]'")
+    chip, _, shape = own.name.partition(":")
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if chip == "v4" else {}
+    if own.chips == 1:
+        options["chips_per_host_bounds"] = [1, 1, 1]
+    return tpu_topology(f"{chip.replace('v7x', 'tpu7x')}:{shape}", **options).devices

@@ -1,0 +1,111 @@
+"""What a run writes for people: its metrics, its curve, the bar, and what a signal asks of it.
+
+Of many processes the first writes; on the others these do nothing.
+"""
+
+import contextlib
+import json
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from dllm_jax import distributed
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[Callable[[], bool]]:
+    """Turns SIGTERM and SIGINT into a question: the loop ends its step, saves, and leaves."""
+    asked = []
+    names = (signal.SIGTERM, signal.SIGINT)
+    before = {name: signal.signal(name, lambda *_: asked.append(True)) for name in names}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for name, handler in before.items():  # None: one that was not set from Python
+            signal.signal(name, signal.SIG_DFL if handler is None else handler)
+
+
+@contextlib.contextmanager
+def metrics(path: Path, done: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Appends JSON lines; lines of steps that the checkpoint does not know are dropped first."""
+    if not distributed.is_first():
+        yield lambda row: None
+        return
+    if path.exists():
+        kept = [row for row in read_metrics(path) if row["step"] <= done]
+        rewritten = path.with_suffix(".partial")
+        rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        rewritten.rename(path)  # whole or not at all: a kill here loses no line
+    with path.open("a", buffering=1) as file:
+        yield lambda row: print(json.dumps(row), file=file)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file; a last line that a crash cut short is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+@contextlib.contextmanager
+def progress(steps: int, done: int) -> Iterator[Callable[[int, dict[str, float]], None]]:
+    """A bar with the loss beside it."""
+    if not distributed.is_first():
+        yield lambda done, figures: None
+        return
+    from rich import progress
+
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns) as bar:
+        task = bar.add_task("training", total=steps, completed=done)
+
+        def show(done: int, figures: dict[str, float]) -> None:
+            loss = f"loss {figures['loss']:.3f}"
+            if "accepted" in figures:
+                loss += f"  accepted {figures['accepted']:.2f}"
+            bar.update(task, completed=done, description=loss)
+
+        yield show
+
+
+def plot(run: Path) -> Path | None:
+    """Draws `<run>/loss.png` from the metrics; None when matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = read_metrics(run / "metrics.jsonl")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
+    for axis, names in (
+        (left, ("loss", "heldout_diffusion")),
+        (right, ("accepted", "heldout_accepted")),
+    ):
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            if points:
+                axis.plot(
+                    *zip(*points, strict=True), label=name, marker="o" if "heldout" in name else ""
+                )
+        axis.set_xlabel("step")
+        if axis.lines:
+            axis.legend()
+    left.set_ylabel("nats per learnt token")
+    right.set_ylabel("drafts that a greedy check would pass")
+    figure.tight_layout()
+    figure.savefig(run / "loss.png", dpi=120)
+    pyplot.close(figure)
+    return run / "loss.png"

@@ -1,0 +1,105 @@
+"""A run that compiles in a moment, for tests of the loop; as a program, what its processes do."""
+
+import functools
+import os
+import signal
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dllm_jax import distributed, sharding, training
+from dllm_jax.data import Conversations, write_part
+from dllm_jax.nn.tree import param_axes, param_shapes
+from dllm_jax.testing import tiny
+
+
+class Toy:
+    """Words that follow each other get similar embeddings; noise of the key beside."""
+
+    def loss(self, model, params, batch, key):
+        x = params["embed"][batch["tokens"]]
+        x = x + 0.1 * jax.random.normal(key, x.shape)
+        there = jnp.arange(x.shape[1] - 1) < batch["lengths"][:, None] - 1
+        apart = jnp.square(x[:, 1:] - x[:, :-1]).mean(axis=-1)
+        loss = (apart * there).sum() / there.sum()
+        return loss, {"last": apart[-1, 0]}
+
+
+TOY = Toy()
+TX = training.Optimiser(learning_rate=0.05).build(12)
+
+
+def write(folder: Path, count: int = 40) -> None:
+    """Conversations of rising numbers."""
+    rows = [[2 + (7 * i + j) % 30 for j in range(5 + i % 4)] for i in range(count)]
+    write_part(folder / "train-00000.npz", rows, [2] * count)
+
+
+@functools.cache
+def _tiny():
+    models = []
+
+    def init():
+        model, params = tiny()
+        models.append(model)
+        return params
+
+    params = jax.jit(init)()  # one program instead of many
+    return models[0], params
+
+
+class Source(Conversations):
+    """`event` is called when so many rows have been read."""
+
+    event, reads = None, 0
+
+    def __getitem__(self, index: int):
+        self.reads += 1
+        if self.event and self.reads == self.event[0]:
+            self.event[1]()
+        return super().__getitem__(index)
+
+
+def fit(run: Path, mesh=None, event=None, **changes) -> training.TrainState:
+    """Twelve steps of eight rows, a checkpoint every three, from data beside the run."""
+    model, params = _tiny()
+    if mesh is None:
+        params = jax.device_put(params, jax.devices()[0])
+    else:
+        homes = sharding.shardings(
+            param_axes(model.config), mesh, shapes=param_shapes(model.config)
+        )
+        params = distributed.place(params, homes)
+    source = Source(run.parent, "train")
+    source.event = event
+    settings = dict(steps=12, batch=8, length=8, save_every=3, evaluate_every=0)
+    config = training.Fit(**{**settings, **changes})
+    state = training.create(params, ("embed", "head"), TX)
+    return training.fit(run, config, model, params, state, TOY, TX, source)
+
+
+def losses(run: Path) -> np.ndarray:
+    """By step; every step must be there once."""
+    rows = training.read_metrics(run / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return np.array([row["loss"] for row in rows])
+
+
+if __name__ == "__main__":
+    distributed.initialize(heartbeat=30)
+    distributed.initialize()  # once is enough, twice does no harm
+    place = f"{jax.process_index()} of {jax.process_count()}"
+    run, what = Path(sys.argv[1]), sys.argv[2]
+    mesh = sharding.make_mesh(data=-1, fsdp=2)
+    last = jax.process_index() == jax.process_count() - 1
+    event = None
+    if what == "term" and last:  # in the fifth step, on one process alone
+        own = 8 // jax.process_count()
+        event = (4 * own + 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    if what == "fail" and last:
+        event = (2, lambda: 1 / 0)
+    state = fit(run, mesh, event)
+    print(f"{place}: step {int(state.step)}")
