@@ -15,7 +15,6 @@ from dllm_jax.losses import DualStream
 from dllm_jax.nn import remat
 from dllm_jax.nn.transformer import Transformer, TransformerConfig
 from dllm_jax.nn.tree import param_axes, param_shapes
-from dllm_jax.testing import tiny
 from dllm_jax.training.loop import Feed
 from tests import toy_training
 from tests.toy_training import TOY
@@ -94,7 +93,7 @@ def test_parts_must_divide_and_the_objective_must_know_them():
         after(TOY, accumulate=3)
     one, params = model()
     step = training.make_train_step(one, Whole(), SGD, accumulate=2)
-    with pytest.raises(ValueError, match="accumulate=2 needs an objective with `draw`.*Whole"):
+    with pytest.raises(ValueError, match=r"accumulate=2 needs an objective with `draw`.*Whole"):
         step(training.create(params, ("embed",), SGD), params, batch(), jax.random.key(0))
 
 

@@ -51,6 +51,7 @@ STAGES = (
     Stage(1, "TERM"),
     Stage(4, "END"),
 )
+FEW = (Stage(2, "KILL"), Stage(4, "KILL"), Stage(1, "END"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,11 +70,14 @@ class Kill:
     """Only train, in `run` itself: what the processes do."""
 
 
-def main(config: Kill, stages: tuple[Stage, ...] = STAGES) -> dict:
+def main(config: Kill, many: tuple[Stage, ...] = STAGES) -> dict:
     """Runs all, compares, and writes the files; returns the report."""
     shutil.rmtree(config.run, ignore_errors=True)
     compared = []
-    for name, total in ((f"{config.devices} in all", config.devices), ("one a process", None)):
+    for name, total, stages in (
+        (f"{config.devices} in all", config.devices, many),
+        ("one a process", None, FEW),
+    ):
         folders = [config.run / f"{name.split()[0]}-{kind}" for kind in ("alone", "killed")]
         finish(config, folders[0], total or 1)
         happened = disturb(config, folders[1], stages, total)

@@ -115,8 +115,8 @@ def page(held: dict) -> str:
     text = [
         "# What a training step holds",
         "",
-        "`scripts/bench/training_memory.py`: temporary bytes of the compiled step, beside parameters"
-        " and optimiser; the dual stream of SmolLM2's shape, every parameter trained.",
+        "`scripts/bench/training_memory.py`: temporary bytes of the compiled step, beside"
+        " parameters and optimiser; the dual stream of SmolLM2's shape, every parameter trained.",
     ]
     for chip, part in held.items():
         text += [
