@@ -75,14 +75,12 @@ def _prefill(setting: Setting, mesh: Mesh) -> Planned:
         state, recipe = _initial(model, call), call.recipe
         width = call.prompt.tokens.shape[1]
         if isinstance(recipe, Verified):
-            new = verify.first_steps(model, own, recipe, call.keys, state, width, call.memory.chunk)
+            new = verify.first_steps(model, own, recipe, call.keys, state, width, call.memory)
         elif recipe.cache in ("none", "prefix", "dual"):
             rows = ~state.finished
             new = denoise.step(model, own, recipe, call.keys, state, rows, wide=True)
         else:
-            new = denoise.first_steps(
-                model, own, recipe, call.keys, state, width, call.memory.chunk
-            )
+            new = denoise.first_steps(model, own, recipe, call.keys, state, width, call.memory)
         return jax.tree.leaves(new)
 
     return Planned(first, {"params": params.leaves, "job": job.leaves})
