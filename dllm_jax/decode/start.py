@@ -13,6 +13,7 @@ from dllm_jax.recipes import Denoise, Recipe, Verified
 from dllm_jax.sharding import laid_out
 
 _FIRST_NOISE = 5  # stream of noise
+_TILE = 32  # rows: of elements of one byte; of wider ones it is 8 or 16
 
 
 def initial(
@@ -65,10 +66,10 @@ def initial(
             parts["last"] = jnp.zeros((rows, 1, config.dim), config.dtype)
         slots = 0 if recipe.cache == "none" else length
         if exact:
-            slots = length + passes.capacity(recipe) * block
+            slots = _whole_tiles(length + passes.capacity(recipe) * block)
         reach = jnp.minimum(start + block, end)
     else:
-        slots, reach = length, end
+        slots, reach = _whole_tiles(length), end
         parts["drafts"] = jnp.zeros((batch, recipe.width), jnp.int32)
     cache = KVCache((), jnp.zeros(rows, jnp.int32))
     if slots:
@@ -106,6 +107,15 @@ def initial(
         **{**empty, **parts},
     )
     return laid_out(state, lies)
+
+
+def _whole_tiles(slots: int) -> int:
+    """At least so many slots: a TPU lays a cache of whole tiles out as kernels read it.
+
+    Of another number of slots it puts another axis next to the last, so as to pad less, and every
+    step that is a program of its own copies the cache into the kernels' layout.
+    """
+    return -(-slots // _TILE) * _TILE
 
 
 def _canvas(recipe: Recipe, first, limit) -> tuple[jax.Array, jax.Array, int]:
