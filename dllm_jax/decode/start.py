@@ -15,6 +15,7 @@ from dllm_jax.recipes import Denoise, Recipe, Verified
 from dllm_jax.sharding import laid_out
 
 _FIRST_NOISE = 5  # stream of noise
+_TILE = 32  # rows: of elements of one byte; of wider ones it is 8 or 16
 
 
 def initial(
@@ -68,7 +69,7 @@ def initial(
         slots = 0 if recipe.cache == "none" else _slots(recipe, length)
         reach = jnp.minimum(start + block, end)
     else:
-        slots, reach = length, end
+        slots, reach = _slots(recipe, length), end
         parts["drafts"] = jnp.zeros((batch, recipe.width), jnp.int32)
     cache = KVCache((), jnp.zeros(rows, jnp.int32))
     if slots:
@@ -115,9 +116,10 @@ def spread(model, recipe: Recipe, state: DecodeState, width: int, memory: Memory
     """
     bare = dataclasses.replace(state, cache=KVCache((), state.cache.lengths))
     rows = jax.tree.map(lambda x: repeated(x, memory), bare)
-    slots = _slots(recipe, state.tokens.shape[1]) - width
+    behind_prompt = state.tokens.shape[1] - width
     if isinstance(recipe, Denoise):
-        slots += recipe.width.size  # the prompt's last tokens may be part of the first block
+        behind_prompt += recipe.width.size  # its last tokens may be part of the first block
+    slots = _slots(recipe, behind_prompt)
     batch = len(state.cache.lengths) * memory.samples
     cache = behind(state.cache, model.cache(batch, slots, memory.cache_dtype))
     return laid_out(dataclasses.replace(rows, cache=cache), lies)
@@ -130,9 +132,20 @@ def repeated(x: jax.Array, memory: Memory) -> jax.Array:
 
 def _slots(recipe: Recipe, length: int) -> int:
     """Of the cache of a row of `length` positions: an append may reach behind the last."""
-    if isinstance(recipe, Verified) or recipe.cache in ("prefix", "dual"):
+    if isinstance(recipe, Verified):
+        return _whole_tiles(length)
+    if recipe.cache in ("prefix", "dual"):  # replaced as a whole
         return length
-    return length + passes.capacity(recipe) * recipe.width.size
+    return _whole_tiles(length + passes.capacity(recipe) * recipe.width.size)
+
+
+def _whole_tiles(slots: int) -> int:
+    """At least so many slots: a TPU lays a cache of whole tiles out as kernels read it.
+
+    Of another number of slots it puts another axis next to the last, so as to pad less, and every
+    step that is a program of its own copies the cache into the kernels' layout.
+    """
+    return -(-slots // _TILE) * _TILE
 
 
 def _canvas(recipe: Recipe, first, limit) -> tuple[jax.Array, jax.Array, int]:

@@ -29,7 +29,7 @@ class Topology(NamedTuple):
         return self.chip.name.startswith("v")
 
 
-def topology(name: str) -> Topology:
+def topology_of(name: str) -> Topology:
     """A topology by its name: "v5e:16x16", "v5p:4x8x8", "v7x:2x2x1", or GPUs by number, "h100:8".
 
     Raises:
