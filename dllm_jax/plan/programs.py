@@ -215,5 +215,4 @@ def _call(setting: Setting, given: Any) -> Job:
 
 
 def _initial(model, job: Job):
-    own = job.memory.cache_dtype
-    return initial(model, job.prompt, job.recipe, job.budget, job.keys, job.size, own)
+    return initial(model, job.prompt, job.recipe, job.budget, job.keys, job.size, job.memory)
