@@ -1,4 +1,4 @@
-"""For a TPU slice, on all its hosts: 1500 steps of 131,072 noisy tokens in bfloat16. Not run yet."""
+"""For a TPU slice, on all hosts: 1500 steps of 131,072 noisy tokens in bfloat16. Not run yet."""
 
 from pathlib import Path
 
