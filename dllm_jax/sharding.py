@@ -227,7 +227,8 @@ def automatic(run: Callable[..., Any], place: Place, *args: Any) -> Any:
       place: of what it returns: `placed` or the like.
       args: arrays, all that `run` takes.
     """
-    if not jax.sharding.get_abstract_mesh().explicit_axes:
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.explicit_axes or mesh.size == 1:
         return run(*args)
     leaves, tree = jax.tree.flatten(args)  # a class may refuse specifications in its fields
     paths: list[str] = []
@@ -243,7 +244,8 @@ def automatic(run: Callable[..., Any], place: Place, *args: Any) -> Any:
         return jax.sharding.auto_axes(flat, out_sharding=out_sharding)
 
     shapes = jax.eval_shape(on_auto(spec()), leaves)
-    with jax.sharding.use_abstract_mesh(_as_auto()):
+    kinds = dict.fromkeys(mesh.explicit_axes, AxisType.Auto)
+    with jax.sharding.use_abstract_mesh(mesh.update_axis_types(kinds)):
         specs = [place(path, x.shape) for path, x in zip(paths, shapes, strict=True)]
     return jax.tree.unflatten(outer, on_auto(specs)(leaves))
 
@@ -272,12 +274,6 @@ def laid_out(tree: Any, place: Place) -> Any:
         return jax.lax.with_sharding_constraint(x, where)
 
     return jax.tree.map_with_path(one, tree)
-
-
-def _as_auto():
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = {axis: AxisType.Auto for axis in mesh.explicit_axes}
-    return mesh.update_axis_types(kinds)
 
 
 def mesh_of(tree: Any) -> Mesh | None:

@@ -27,7 +27,7 @@ from dllm_jax.cli import main, program
 from dllm_jax.cli.answering import Clock
 from dllm_jax.cli.background import background
 from dllm_jax.cli.describe import activation_bytes, counts
-from dllm_jax.cli.options import Chat, Convert, Generate, Info, Recipes
+from dllm_jax.cli.options import Chat, Convert, Generate, Info, Plan, Recipes
 from dllm_jax.nn.adapters import AdapterConfig
 from dllm_jax.nn.transformer import Transformer, TransformerConfig
 from dllm_jax.nn.tree import param_shapes
@@ -127,6 +127,7 @@ def start(*arguments: str, cache: Path, **options) -> subprocess.Popen[str]:
         "convert": Convert,
         "info": Info,
         "recipes": Recipes,
+        "plan": Plan,
     }.items(),
 )
 def test_help(name: str, command: type, capsys):
@@ -147,7 +148,8 @@ def test_help_of_all(capsys):
             main(arguments)
         assert error.value.code == 0
         listed = capsys.readouterr().out
-        assert all(name in listed for name in ("generate", "chat", "convert", "info", "recipes"))
+        commands = ("generate", "chat", "convert", "info", "recipes", "plan")
+        assert all(name in listed for name in commands)
 
 
 def test_version(capsys):

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import re
+from collections import Counter
 from functools import cache, partial
 
 import jax
@@ -325,15 +326,18 @@ def test_nothing_travels_for_an_append():
     assert program.memory_analysis().alias_size_in_bytes == cache.kv.nbytes // 4
 
 
-@pytest.mark.parametrize("name", ["ar", "sdar"])
-def test_what_travels_in_a_step(name, optimised):
-    """Of a model whose weights are split over "tensor" alone, as one reads them that serves."""
+# Two sums a layer, one of the embedding, one gathering for the choice. A step of blocks is written
+# twice, for one and for two blocks, and asks how many it needs and for the mask token's score.
+@pytest.mark.parametrize(
+    ("name", "sums"), [("ar", 2 + 1), pytest.param("sdar", 2 * (2 + 1) + 2, marks=pytest.mark.slow)]
+)
+def test_what_travels_in_a_step(name, sums, optimised):
     model, params = model_of(SYSTEMS[name].model)
     recipe = dataclasses.replace(SYSTEMS[name].recipe, sampling=recipes.ar().sampling)
-    mesh = make_mesh(data=1, tensor=2)
+    mesh = make_mesh(data=2, tensor=2)
     with jax.set_mesh(mesh):
         far = on(mesh, model, params)
-        state = next(stream(model, far, prompts(2, 20), recipe=recipe, max_new_tokens=8))
+        state = next(stream(model, far, prompts(4, 20), recipe=recipe, max_new_tokens=8))
         leaves, tree = jax.tree.flatten(state)  # a state is of arrays alone
 
         def step(params, leaves):
@@ -341,4 +345,4 @@ def test_what_travels_in_a_step(name, optimised):
             return jax.tree.leaves(decode._step(model, params, recipe, None, state))
 
         text = jax.jit(step).lower(far, leaves).compile().as_text()
-    print(collectives(text))
+    assert Counter(kind for kind, _ in collectives(text)) == {"all-reduce": sums, "all-gather": 1}

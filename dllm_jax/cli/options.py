@@ -339,8 +339,11 @@ class Plan(Command):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of activations, cache and weights; in training the weights are float32."""
 
-    cache_dtype: Annotated[str | None, _default("int8|bfloat16|float32", "that of --dtype")] = None
-    """Of the cache; another than --dtype is answered in closed form."""
+    cache_dtype: Annotated[str | None, _default("int8|bfloat16", "that of --dtype")] = None
+    """Of the cache; int8 has scales of each row and head."""
+
+    accumulate: int = 1
+    """Parts of a batch that are trained on one after the other, for the memory of one."""
 
     tokens_per_forward: Annotated[float | None, _default("FLOAT", "as reported, or 1")] = None
     """That a row writes in a pass."""
