@@ -202,7 +202,13 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """`x`, laid out by the logical names of its dimensions; exactly `x` where there is no mesh."""
     if not axis_sizes():
         return x
-    return jax.lax.with_sharding_constraint(x, spec_of(x.shape, *names))
+    return _laid(x, spec_of(x.shape, *names))
+
+
+def _laid(x: jax.Array, where: PartitionSpec) -> jax.Array:
+    if isinstance(x, jax.core.Tracer):
+        return jax.lax.with_sharding_constraint(x, where)
+    return jax.device_put(x, where)
 
 
 def mapped(run: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
@@ -227,7 +233,8 @@ def automatic(run: Callable[..., Any], place: Place, *args: Any) -> Any:
       place: of what it returns: `placed` or the like.
       args: arrays, all that `run` takes.
     """
-    if not jax.sharding.get_abstract_mesh().explicit_axes:
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.explicit_axes or mesh.size == 1:
         return run(*args)
     leaves, tree = jax.tree.flatten(args)  # a class may refuse specifications in its fields
     paths: list[str] = []
@@ -240,10 +247,11 @@ def automatic(run: Callable[..., Any], place: Place, *args: Any) -> Any:
         return [leaf for _, leaf in found]
 
     def on_auto(out_sharding: Any) -> Callable[..., Any]:
-        return jax.sharding.auto_axes(flat, out_sharding=out_sharding)
+        return jax.jit(jax.sharding.auto_axes(flat, out_sharding=out_sharding))
 
     shapes = jax.eval_shape(on_auto(spec()), leaves)
-    with jax.sharding.use_abstract_mesh(_as_auto()):
+    kinds = dict.fromkeys(mesh.explicit_axes, AxisType.Auto)
+    with jax.sharding.use_abstract_mesh(mesh.update_axis_types(kinds)):
         specs = [place(path, x.shape) for path, x in zip(paths, shapes, strict=True)]
     return jax.tree.unflatten(outer, on_auto(specs)(leaves))
 
@@ -268,16 +276,9 @@ def laid_out(tree: Any, place: Place) -> Any:
         return tree
 
     def one(path: Any, x: jax.Array) -> jax.Array:
-        where = place(jax.tree_util.keystr(path), x.shape)
-        return jax.lax.with_sharding_constraint(x, where)
+        return _laid(x, place(jax.tree_util.keystr(path), x.shape))
 
     return jax.tree.map_with_path(one, tree)
-
-
-def _as_auto():
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = {axis: AxisType.Auto for axis in mesh.explicit_axes}
-    return mesh.update_axis_types(kinds)
 
 
 def mesh_of(tree: Any) -> Mesh | None:

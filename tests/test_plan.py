@@ -12,7 +12,7 @@ from dllm_jax.bench.collectives import collectives
 from dllm_jax.cli import main
 from dllm_jax.nn.transformer import TransformerConfig
 from dllm_jax.plan import NAMED, plan
-from dllm_jax.plan.topology import default_layout, layout, topology
+from dllm_jax.plan.topology import default_layout, layout, topology_of
 
 
 def test_collectives_of_a_program_that_is_known():
@@ -59,21 +59,21 @@ def test_groups_are_read_in_every_spelling():
 
 
 def test_topologies():
-    assert topology("v5e:16x16").devices == 256
-    assert topology("tpu7x:2x2x1").devices == 8  # two a chip
-    assert topology("H100:8").chip.name == "h100"
+    assert topology_of("v5e:16x16").devices == 256
+    assert topology_of("tpu7x:2x2x1").devices == 8  # two a chip
+    assert topology_of("H100:8").chip.name == "h100"
     for name, words in (("v5e", "no shape"), ("v8:2x2", "none of the chips"),
                         ("v5p:4x4", "3 dimensions"), ("v5e:0x2", "no shape")):  # fmt: skip
         with pytest.raises(ValueError, match=words):
-            topology(name)
+            topology_of(name)
 
 
 def test_meshes():
-    flash, own = NAMED["llada2-flash-100b"].config, topology("v6e:8x8")
+    flash, own = NAMED["llada2-flash-100b"].config, topology_of("v6e:8x8")
     found = default_layout(flash, "decode", own, 64)
     assert found == {"data": 1, "expert": 16, "tensor": 4}
     assert layout(own, None, found)["context"] == 1
-    assert default_layout(flash, "train", topology("v5e:16x16"), 256)["fsdp"] == 16
+    assert default_layout(flash, "train", topology_of("v5e:16x16"), 256)["fsdp"] == 16
     with pytest.raises(ValueError, match="not the 64 devices"):
         layout(own, {"tensor": 4}, found)
     with pytest.raises(ValueError, match=r"\['rows'\] are none of"):

@@ -6,7 +6,22 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from dllm_jax.sharding import FSDP, FSDP_TENSOR, TENSOR, Rules, make_mesh, shardings
+from dllm_jax.sharding import AXES as MESH_AXES
+from dllm_jax.sharding import (
+    EVERY,
+    FSDP,
+    FSDP_TENSOR,
+    TENSOR,
+    Rules,
+    automatic,
+    constrain,
+    in_scope,
+    make_mesh,
+    mesh_of,
+    placed,
+    shardings,
+    split,
+)
 
 
 @pytest.mark.parametrize(
@@ -80,9 +95,16 @@ def test_a_mesh_axis_is_used_once_in_an_array():
     assert placed["q"].spec == P("tensor", None)
 
 
+def test_axes_that_a_mesh_lacks_split_nothing():
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    placed = shardings({"w": ("expert", "embed", "ffn"), "x": ("batch", "length")}, mesh, EVERY)
+    assert placed["w"].spec == P(None, None, "tensor")
+    assert placed["x"].spec == P("data", None)
+
+
 def test_unknown_names_say_what_is_known():
     mesh = make_mesh()
-    with pytest.raises(ValueError, match=r"'rows' has no rule; the axes are \['batch', 'vocab'"):
+    with pytest.raises(ValueError, match=r"'rows' has no rule; the axes are \['batch', 'length'"):
         shardings({"x": ("rows",)}, mesh)
     with pytest.raises(ValueError, match="'ffn' on mesh axis 'model', but the mesh has only"):
         shardings(AXES, mesh, Rules(ffn="model"))
@@ -96,3 +118,54 @@ def test_sharded_equals_not():
     with jax.set_mesh(mesh):
         y = jax.jit(jnp.dot)(jax.device_put(x, placed["x"]), jax.device_put(w, placed["w"]))
     np.testing.assert_array_equal(y, x @ w)
+
+
+def test_activations_are_split_as_far_as_their_sizes_allow():
+    assert split("batch", 8) == ()  # there is no mesh
+    with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
+        assert [split("batch", n) for n in (8, 2, 3, 0)] == [("data", "fsdp"), ("data",), (), ()]
+        assert (split("heads", 6), split("heads", 3)) == (("tensor",), ())
+        assert split("embed", 8) == ()
+    with jax.set_mesh(make_mesh(data=2, context=4)):
+        assert [split("length", n) for n in (512, 256, 252)] == [("context",), ("context",), ()]
+
+
+def test_a_constraint_without_a_mesh_is_nothing():
+    x = jnp.ones((4, 4))
+    assert constrain(x, "batch", "ffn") is x
+    with jax.set_mesh(make_mesh(data=1)):
+        assert constrain(x, "batch", "ffn") is x
+    with jax.set_mesh(make_mesh(data=4, tensor=2)):
+        assert constrain(x, "batch", "ffn").sharding.spec == P("data", "tensor")
+        rows = dict(in_specs=P("data"), out_specs=P("data"))
+        inside = jax.shard_map(lambda x: constrain(x, "batch"), **rows)
+        np.testing.assert_array_equal(inside(x), x)  # whose axes are taken
+
+
+def test_the_mesh_of_the_parameters_is_in_scope():
+    mesh, seen = make_mesh(data=4, tensor=2), []
+
+    @in_scope
+    def run(model, params):
+        seen.append(jax.sharding.get_abstract_mesh().shape_tuple)
+        return params
+
+    far = jax.device_put(jnp.ones(8), jax.sharding.NamedSharding(mesh, P("data")))
+    near = jnp.ones(8)
+    run(None, {"w": far})
+    run(None, {"w": near})
+    jax.jit(lambda p: run(None, p))(far)  # of a program, the mesh is its caller's
+    assert seen == [mesh.abstract_mesh.shape_tuple, (), ()]
+    assert (mesh_of({"w": far}), mesh_of({"w": near})) == (mesh, None)
+
+
+def test_explicit_axes_are_automatic_inside_and_typed_outside():
+    def run(x):
+        assert set(jax.sharding.get_abstract_mesh().auto_axes) == set(MESH_AXES)
+        return {"y": x @ x.T}
+
+    x = jnp.arange(32.0).reshape(8, 4)
+    with jax.set_mesh(make_mesh(data=4, tensor=2, explicit=True)):
+        found = jax.jit(lambda x: automatic(run, placed("batch", "vocab"), x))(x)
+        assert jax.typeof(found["y"]).sharding.spec == P("data", "tensor")
+    np.testing.assert_array_equal(found["y"], x @ x.T)

@@ -15,7 +15,7 @@ from dllm_jax.recipes import Denoise, Recipe, Verified
 from dllm_jax.sharding import laid_out
 
 _FIRST_NOISE = 5  # stream of noise
-_ROWS = 32  # slots in a register of a TPU, of an int8 cache
+_TILE = 32  # rows: of elements of one byte; of wider ones it is 8 or 16
 
 
 def initial(
@@ -73,7 +73,7 @@ def initial(
         parts["drafts"] = jnp.zeros((batch, recipe.width), jnp.int32)
     cache = KVCache((), jnp.zeros(rows, jnp.int32))
     if slots:
-        slots = _registers(width) if memory.samples > 1 else slots
+        slots = _whole_tiles(width) if memory.samples > 1 else slots
         cache = model.cache(rows, slots, memory.cache_dtype)
     zeros = jnp.zeros(batch, jnp.int32)
     empty = {
@@ -117,12 +117,12 @@ def spread(model, recipe: Recipe, state: DecodeState, width: int, memory: Memory
     """
     bare = dataclasses.replace(state, cache=KVCache((), state.cache.lengths))
     rows = jax.tree.map(lambda x: repeated(x, memory), bare)
-    slots = _slots(recipe, state.tokens.shape[1]) - width
+    behind_prompt = state.tokens.shape[1] - width
     if isinstance(recipe, Denoise):
-        slots += recipe.width.size  # the prompt's last tokens may be part of the first block
+        behind_prompt += recipe.width.size  # its last tokens may be part of the first block
+    slots = _slots(recipe, behind_prompt)
     batch = len(state.cache.lengths) * memory.samples
-    own = model.cache(batch, _registers(slots), memory.cache_dtype)
-    cache = behind(state.cache, own)
+    cache = behind(state.cache, model.cache(batch, slots, memory.cache_dtype))
     return laid_out(dataclasses.replace(rows, cache=cache), lies)
 
 
@@ -133,18 +133,20 @@ def repeated(x: jax.Array, memory: Memory) -> jax.Array:
 
 def _slots(recipe: Recipe, length: int) -> int:
     """Of the cache of a row of `length` positions: an append may reach behind the last."""
-    if isinstance(recipe, Denoise) and recipe.cache in ("prefix", "dual"):
-        return length  # a pass over all positions writes it
-    if isinstance(recipe, Denoise):
-        length += passes.capacity(recipe) * recipe.width.size
-    return _registers(length)
+    if isinstance(recipe, Verified):
+        return _whole_tiles(length)
+    if recipe.cache in ("prefix", "dual"):  # replaced as a whole
+        return length
+    return _whole_tiles(length + passes.capacity(recipe) * recipe.width.size)
 
 
-def _registers(slots: int) -> int:
-    """So many slots, in whole registers of a TPU: of others, XLA turns the cache around, and
-    copies it for its kernels.
+def _whole_tiles(slots: int) -> int:
+    """At least so many slots: a TPU lays a cache of whole tiles out as kernels read it.
+
+    Of another number of slots it puts another axis next to the last, so as to pad less, and every
+    step that is a program of its own copies the cache into the kernels' layout.
     """
-    return -(-slots // _ROWS) * _ROWS
+    return -(-slots // _TILE) * _TILE
 
 
 def _canvas(recipe: Recipe, first, limit) -> tuple[jax.Array, jax.Array, int]:

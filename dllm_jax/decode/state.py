@@ -130,9 +130,10 @@ def write(
 
 def put(into: jax.Array, start: jax.Array, values: jax.Array, keep: jax.Array) -> jax.Array:
     """`into` [B, L] with `values[b, i]` [B, Q] at `start[b] + i` where `keep[b, i]`."""
-    rows = jnp.arange(into.shape[0])[:, None]
     at = jnp.where(keep, start[:, None] + jnp.arange(values.shape[1]), into.shape[1])
-    return into.at[rows, at].set(values.astype(into.dtype), mode="drop")
+    # Row by row: with rows as an index, those of a batch on a mesh would travel to each other.
+    write = jax.vmap(lambda row, at, new: row.at[at].set(new, mode="drop"))
+    return write(into, at, values.astype(into.dtype))
 
 
 def window(tokens: jax.Array, start: jax.Array, size: int) -> jax.Array:

@@ -62,8 +62,9 @@ def _stack(c: Any, kind: str, entry) -> Params:
     }
     moe = {
         "router_norm": layered("embed"),
-        "router": layered("embed", "expert"),
-        "expert_scale": layered("expert"),
+        # Routers are small, and whole wherever a token asks them.
+        "router": layered("embed", "expert")._replace(axes=("layers", "embed", None)),
+        "expert_scale": layered("expert")._replace(axes=("layers", None)),
         "norm": layered("embed"),
         "gate": layered("expert", "embed", "ffn", ffn=c.expert_dim),
         "up": layered("expert", "embed", "ffn", ffn=c.expert_dim),

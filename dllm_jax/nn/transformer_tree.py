@@ -73,14 +73,18 @@ def _moe_tree(c: MoEConfig, entry) -> Params:
     own = dict(expert=c.num_experts, ffn=c.ffn_dim)
     mlp = {
         "norm": entry("layers", "embed"),
-        # The router is small, and is published in float32 beside weights in bfloat16.
-        "router": entry("layers", "embed", "expert", **own)._replace(dtype="float32"),
+        # The router is small, is whole wherever a token asks it, and is published in float32 beside
+        # weights in bfloat16.
+        "router": entry("layers", "embed", "expert", **own)._replace(
+            axes=("layers", "embed", None), dtype="float32"
+        ),
         "gate": entry("layers", "expert", "embed", "ffn", **own),
         "up": entry("layers", "expert", "embed", "ffn", **own),
         "down": entry("layers", "expert", "ffn", "embed", **own),
     }
     if c.expert_bias:
-        mlp["router_bias"] = entry("layers", "expert", **own)._replace(dtype="float32")
+        bias = entry("layers", "expert", **own)
+        mlp["router_bias"] = bias._replace(axes=("layers", None), dtype="float32")
     if c.shared_ffn_dim:
         shared = _mlp_tree(entry, ffn=c.shared_ffn_dim)
         mlp |= {f"shared_{name}": shared[name] for name in ("gate", "up", "down")}

@@ -23,6 +23,8 @@ class Setting:
     tokens_per_forward: float
     batch: int  # rows
     context: int  # positions of a row: in the cache, of the prompt and its answer, of the text
+    cache_dtype: str | None  # None: that of activations
+    accumulate: int  # parts of a batch that are trained on one after the other
 
     @property
     def draws(self) -> bool:
@@ -45,6 +47,8 @@ def setting(
     block: int | None = None,
     recipe: str | None = None,
     dtype: str = "bfloat16",
+    cache_dtype: str | None = None,
+    accumulate: int = 1,
     tokens_per_forward: float | None = None,
 ) -> Setting:
     """A setting by names and numbers.
@@ -58,7 +62,8 @@ def setting(
     """
     if mode not in MODES:
         raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
-    for name, number in (("batch", batch), ("context", context), ("block", block)):
+    for name, number in (("batch", batch), ("context", context), ("block", block),
+                         ("accumulate", accumulate)):  # fmt: skip
         if number is not None and number < 1:
             raise ValueError(f"{name} {number} must be at least 1")
     own = architecture(model)
@@ -83,5 +88,6 @@ def setting(
     return Setting(
         model=model, mode=mode, config=config, recipe_name=name,
         recipe=recipes.named(name, **options), batch=batch, context=context,
+        cache_dtype=cache_dtype, accumulate=accumulate,
         tokens_per_forward=tokens_per_forward or forward,
     )  # fmt: skip
