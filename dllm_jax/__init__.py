@@ -64,8 +64,8 @@ _NAMES = {
 }
 _HOME = {name: room for room, names in _NAMES.items() for name in names}
 _ROOMS = (
-    "corruption", "data", "distributed", "evaluation", "likelihood", "losses", "policies", "recipes",
-    "sharding", "training",
+    "corruption", "data", "distributed", "evaluation", "likelihood", "losses", "policies",
+    "recipes", "sharding", "training",
 )  # fmt: skip
 
 __all__ = [
