@@ -224,7 +224,7 @@ CASES = {
     "windows": (lambda: random_model(WINDOWED), recipes.diffusion_gemma(canvas=4, steps=4), 8),
 }
 
-QUICK = ("self_speculative", "sdar", "windows")
+QUICK = ("sdar", "windows")
 
 
 def random_model(config, seed=0):
@@ -389,7 +389,8 @@ def test_what_a_cache_of_fewer_bits_costs(family):
         assert (got.argmax(-1) == want.argmax(-1)).mean() >= ALIKE[dtype]
 
 
-@pytest.mark.parametrize("name", ["sdar", pytest.param("dual", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sdar", "dual"])
 def test_rows_of_an_int8_cache_are_as_alone(name):
     """A row's scales are its own: of its prompt's first chunk, or of each pass over its canvas."""
     recipe = recipes.fast_dllm_dual(block_size=4) if name == "dual" else recipes.sdar(block_size=4)
@@ -414,6 +415,7 @@ def test_a_dtype_that_no_cache_has():
 # Prompts that several rows share
 
 SHARED = {
+    "ar": recipes.ar(temperature=0.9),
     "self_speculative": recipes.self_speculative(width=2, temperature=0.9),
     "sliding": recipes.block_diffusion(block_size=4, threshold=0.3, temperature=0.9),
     "sdar": recipes.sdar(block_size=4, temperature=0.9),
@@ -423,7 +425,7 @@ SHARED = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "sdar")) for name in SHARED]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "ar")) for name in SHARED]
 )
 def test_answers_to_a_shared_prompt_are_those_of_rows_of_their_own(name):
     """Prompts shorter than a block, at the end of one, and long; each row with its key."""
@@ -508,7 +510,11 @@ def arrays(jaxpr):
     ("recipe", "more"),
     [
         (recipes.self_speculative(width=2), {}),
-        (recipes.sdar(block_size=32), {**IN_PLACE, "block_size": 32, "adapter": False}),
+        pytest.param(
+            recipes.sdar(block_size=32),
+            {**IN_PLACE, "block_size": 32, "adapter": False},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["self_speculative", "sdar"],
 )

@@ -30,7 +30,7 @@ from dllm_jax.losses import DualStream
 from dllm_jax.nn.tree import param_axes, param_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 240  # seconds for a stage to come as far as it should, on a busy machine
+PATIENCE = 600  # seconds for a stage to come as far as it should, on a busy machine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +175,7 @@ def await_step(launched: subprocess.Popen, folder: Path, goal: int, in_a_save: b
         if launched.poll() is not None or time.monotonic() > deadline:
             launched.kill()
             raise RuntimeError(f"no step {goal} in time; see {folder / 'log.txt'}")
-        time.sleep(0.001)
+        time.sleep(0.003)
 
 
 def damage(folder: Path, how: str) -> str:
