@@ -176,7 +176,7 @@ def test_closed_forms_are_the_compilers():
 
 @pytest.mark.aot("tpu")
 def test_what_does_not_fit_is_refused_in_the_compilers_words():
-    found = plan("sdar-8b", "v5e:1x1", batch=1, context=512)
+    found = plan("sdar-8b", "v5e:1x1", batch=8, context=4096)
     assert not found.fits
     assert found.compiled is None
     assert "15.75G" in found.reason
