@@ -202,7 +202,13 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """`x`, laid out by the logical names of its dimensions; exactly `x` where there is no mesh."""
     if not axis_sizes():
         return x
-    return jax.lax.with_sharding_constraint(x, spec_of(x.shape, *names))
+    return _laid(x, spec_of(x.shape, *names))
+
+
+def _laid(x: jax.Array, where: PartitionSpec) -> jax.Array:
+    if isinstance(x, jax.core.Tracer):
+        return jax.lax.with_sharding_constraint(x, where)
+    return jax.device_put(x, where)
 
 
 def mapped(run: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
@@ -241,7 +247,7 @@ def automatic(run: Callable[..., Any], place: Place, *args: Any) -> Any:
         return [leaf for _, leaf in found]
 
     def on_auto(out_sharding: Any) -> Callable[..., Any]:
-        return jax.sharding.auto_axes(flat, out_sharding=out_sharding)
+        return jax.jit(jax.sharding.auto_axes(flat, out_sharding=out_sharding))
 
     shapes = jax.eval_shape(on_auto(spec()), leaves)
     kinds = dict.fromkeys(mesh.explicit_axes, AxisType.Auto)
@@ -270,8 +276,7 @@ def laid_out(tree: Any, place: Place) -> Any:
         return tree
 
     def one(path: Any, x: jax.Array) -> jax.Array:
-        where = place(jax.tree_util.keystr(path), x.shape)
-        return jax.lax.with_sharding_constraint(x, where)
+        return _laid(x, place(jax.tree_util.keystr(path), x.shape))
 
     return jax.tree.map_with_path(one, tree)
 

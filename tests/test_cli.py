@@ -188,6 +188,9 @@ def test_help_needs_no_jax():
         (["x", "--adapter", "none", "--mode", "diffusion"], "--mode ar"),
         (["x", "--adapter", "none", "--width", "3"], "--mode ar"),
         (["x", "--adapter", "/nowhere"], "/nowhere"),
+        (["x", "--mesh", "tensor"], "'tensor' is no AXIS=N"),
+        (["x", "--mesh", "tensr=2"], "['tensr'] are none of ('data', "),
+        (["x", "--mesh", "tensor=3"], "does not fit 8 devices: 3 must divide it"),
     ],
 )
 def test_mistakes(run, arguments: list[str], message: str):
@@ -196,6 +199,16 @@ def test_mistakes(run, arguments: list[str], message: str):
     assert err.startswith("dllm-jax: ")
     assert err.count("\n") == 1
     assert message in err
+
+
+def test_an_answer_from_a_mesh(run):
+    asked = "Why?", "--max-new-tokens", "8", "--mode", "diffusion", "--json"
+    (_, alone, _), (code, meshed, _) = (
+        run("generate", *asked),
+        run("generate", *asked, "--mesh", "data=1,tensor=2"),
+    )
+    assert code == 0
+    assert json.loads(meshed)["ids"] == json.loads(alone)["ids"]
 
 
 def test_missing_model(run, monkeypatch):

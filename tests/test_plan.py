@@ -146,7 +146,9 @@ TINY = TransformerConfig(
 
 
 @pytest.mark.aot("tpu")
-@pytest.mark.parametrize("mode", ["decode", "prefill", "train"])
+@pytest.mark.parametrize(
+    "mode", ["decode", "prefill", pytest.param("train", marks=pytest.mark.slow)]
+)
 def test_a_plan_that_is_compiled(mode: str, monkeypatch):
     own = NAMED["sdar-8b"]._replace(config=TINY, block=16)
     monkeypatch.setitem(NAMED, "tiny", own)
@@ -161,3 +163,20 @@ def test_a_plan_that_is_compiled(mode: str, monkeypatch):
     assert compiled.peak > sum(compiled.arguments.values())
     kinds = {x.kind: x for x in compiled.exchanges}
     assert kinds["all-reduce"].count >= 2 * TINY.num_layers
+
+
+@pytest.mark.aot("tpu")
+def test_closed_forms_are_the_compilers():
+    """Of a model of 8B over eight chips: what each holds, and what it sends."""
+    found = plan("llada-8b", "v5e:2x4", batch=8, context=4096)
+    assert found.estimate == pytest.approx(found.peak, rel=0.02)
+    sent = sum(x.bytes for x in found.compiled.exchanges)
+    assert found.work.sent == pytest.approx(sent, rel=0.01)
+
+
+@pytest.mark.aot("tpu")
+def test_what_does_not_fit_is_refused_in_the_compilers_words():
+    found = plan("sdar-8b", "v5e:1x1", batch=8, context=4096)
+    assert not found.fits
+    assert found.compiled is None
+    assert "15.75G" in found.reason

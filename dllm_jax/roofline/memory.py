@@ -7,6 +7,8 @@ import jax.numpy as jnp
 
 from dllm_jax.roofline.sizes import attentions, cache_bytes, parts, rows
 
+_TILE = 512  # queries, and keys, in `pallas_kernels.block_attention`
+
 
 def decode_memory(
     config: Any,
@@ -36,7 +38,9 @@ def train_memory(
     """Of a step of AdamW on the dual stream, each layer computed again in the backward pass.
 
     Moments and gradients are of the parameters' dtype; where there is an adapter, of the adapter
-    alone. The inputs of every layer are saved, and the keys and values of the clean stream.
+    alone. The inputs of every layer are saved, and the keys and values of the clean stream, which
+    the backward pass reads in another layout, and has gradients of. What noisy entries make of them
+    is computed in tiles of queries and keys.
     """
     held = parts(config, layout)
     adapted = getattr(config, "adapter", None) is not None
@@ -49,10 +53,18 @@ def train_memory(
         "weights": sum(p.held * p.size for p in held),
         "optimiser": 2 * trained,
         "gradients": trained * streams,
-        "cache": cache_bytes(config, layout, batch, length),
+        "cache": (1 + streams) * cache_bytes(config, layout, batch, length),
         "saved": streams * tokens * config.dim * config.num_layers * item,
         "activations": activations(config, layout, batch, length, kept=False),
+        "scores": scores(config, layout, batch, length),
     }
+
+
+def scores(config: Any, layout: Mapping[str, int], batch: int, length: int) -> int:
+    """Tiles of scores in the gradient of attention over a cache: three in float32, and one cast."""
+    tile = min(length, _TILE)
+    heads = max(k.heads for k in attentions(config, layout))
+    return rows(layout, batch) * heads * tile * tile * (3 * 4 + jnp.dtype(config.dtype).itemsize)
 
 
 def weights(config: Any, layout: Mapping[str, int]) -> int:

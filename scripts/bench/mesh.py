@@ -11,6 +11,7 @@ table of each version. About ten minutes on two cores.
 
 import argparse
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -94,12 +95,18 @@ def compared(run: Program) -> dict[str, dict[str, Any]]:
     return found
 
 
+@functools.cache
+def model_of(name: str) -> tuple[Any, Any]:
+    """Made once, by the run on one device."""
+    return MODELS[name]()
+
+
 def decoding(name: str) -> Program:
     """A recipe's answers to ragged prompts."""
 
     def run(place):
         system = SYSTEMS[name]
-        model, params = MODELS[system.model]()
+        model, params = model_of(system.model)
         out = generate(
             model, place(model, params), prompts(ROWS, LONGEST), recipe=system.recipe,
             max_new_tokens=BUDGET, key=jax.random.key(3) if system.draws else None,
@@ -113,7 +120,7 @@ def prefill(name: str) -> Program:
     """Hidden states, keys and values of a text of 128 tokens."""
 
     def run(place):
-        model, params = MODELS[name]()
+        model, params = model_of(name)
         tokens = np.array(prompts(ROWS, 128)[:1] * ROWS)
         lengths = np.arange(ROWS) + 120
         run = jax.jit(lambda params, tokens, lengths: forward(
@@ -128,7 +135,7 @@ def training(name: str) -> Program:
     """The loss of a step of the dual stream, and the parameters after it."""
 
     def run(place):
-        model, params = MODELS[name]()
+        model, params = model_of(name)
         model = dataclasses.replace(model.config, remat=True).build()
         params = place(model, params)
         tokens = np.random.default_rng(0).integers(3, 30, (ROWS, 128)).astype(np.int32)
