@@ -39,6 +39,15 @@ class KVCache:
     lengths: jax.Array  # int32[B]: valid slots of each row
     # of an int8 cache, what a unit of keys and of values stands for: float32[Ly, B, K, 2], as `kv`
     scale: Any = None
+    # [B / n] rows that each n rows begin with, stored once: `lengths` counts them, slots do not
+    prefix: "KVCache | None" = None
+
+    @property
+    def shared(self) -> jax.Array:
+        """int32[B]: tokens of each row that lie in the prefix."""
+        if self.prefix is None:
+            return jnp.zeros_like(self.lengths)
+        return jnp.repeat(self.prefix.lengths, len(self.lengths) // len(self.prefix.lengths))
 
     def layer(self, number: jax.Array, part: int | None = None) -> dict[str, Any]:
         """The arguments of `block_attention` that say which keys and values a layer reads.
@@ -87,14 +96,24 @@ def append(cache: KVCache, kv: Any, counts: Int[Array, "B"]) -> KVCache:
     """
     kept = jnp.where(counts > 0, counts, _entries(kv))  # a block may be written before it counts
     scale, kv = _quantised(cache, kv, cache.lengths == 0, kept)
-    packed = jax.tree.map(lambda own, new: _written(own, new, cache.lengths), cache.kv, kv)
-    return KVCache(packed, cache.lengths + counts.astype(jnp.int32), scale)
+    starts = cache.lengths - cache.shared
+    packed = jax.tree.map(lambda own, new: _written(own, new, starts), cache.kv, kv)
+    return dataclasses.replace(
+        cache, kv=packed, lengths=cache.lengths + counts.astype(jnp.int32), scale=scale
+    )
+
+
+def behind(prefix: KVCache, cache: KVCache) -> KVCache:
+    """An empty `cache` of n rows for each row of `prefix`, which they begin with."""
+    each = len(cache.lengths) // len(prefix.lengths)
+    scale = jax.tree.map(lambda x: jnp.repeat(x, each, axis=1), prefix.scale)
+    return KVCache(cache.kv, jnp.repeat(prefix.lengths, each), scale, prefix)
 
 
 def replaced(cache: KVCache, kv: Any, counts: Int[Array, "B"]) -> KVCache:
     """All slots anew, from a pass over as many entries, `counts[b]` valid; the lengths stay."""
     scale, kv = _quantised(cache, kv, jnp.ones_like(counts, bool), counts)
-    return KVCache(jax.tree.map(_laid, kv, cache.kv), cache.lengths, scale)
+    return dataclasses.replace(cache, kv=jax.tree.map(_laid, kv, cache.kv), scale=scale)
 
 
 def cut(kv: Any, start: int, stop: int) -> Any:

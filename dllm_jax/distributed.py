@@ -10,19 +10,25 @@ the launcher set; `scripts/launch/` has launchers for one machine, TPU pods, Kub
 import dataclasses
 import glob
 import importlib.util
+import itertools
 import os
 import sys
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed as runtime  # its barrier has no public name
 from jax.experimental import multihost_utils
 
 _ADDRESS, _COUNT, _RANK = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 # Where the others come from when there is an address: ours first, then what launchers set.
 _COUNTS = (_COUNT, "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS")
 _RANKS = (_RANK, "JOB_COMPLETION_INDEX", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+
+_waits = itertools.count()  # the same on all processes, which wait in the same order
+_LONGEST = 3600  # seconds for the others to come; those that have died are known earlier
 
 
 def initialize(*, timeout: int = 300, heartbeat: int | None = None) -> None:
@@ -81,9 +87,27 @@ def any_process(flag: bool) -> bool:
 
 
 def wait(name: str) -> None:
-    """Returns when every process has come here."""
+    """Returns when every process has come here; the devices are not asked.
+
+    Raises:
+      RuntimeError: another process has ended.
+    """
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+        client = runtime.global_state.client
+        assert client is not None
+        client.wait_at_barrier(f"dllm_jax {next(_waits)} {name}", 1000 * _LONGEST)
+
+
+def compile_together(function: partial, *args: Any) -> None:
+    """Compiles a jitted function with its first arguments, and waits for the other processes.
+
+    Their CPU devices (gloo) wait 30 seconds for each other in a first collective, and no longer:
+    it must not begin here while another process compiles.
+    """
+    if jax.process_count() > 1:
+        jitted: Any = function.func
+        jitted.lower(*function.args, *args).compile()  # the call finds the program there
+        wait("compiled")
 
 
 def place(tree: Any, homes: Any) -> Any:

@@ -8,6 +8,7 @@ reads its cache.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -108,7 +109,7 @@ class DualStream:
             return forward(model, params, tokens, lengths=lengths, canvas=False)
 
         if self.phases == 2:
-            clean_pass = jax.checkpoint(clean_pass)
+            clean_pass = _run_again(clean_pass)
         clean = clean_pass(params, tokens, lengths)
         out = forward(
             model,
@@ -141,6 +142,24 @@ class DualStream:
         accuracy = share(right)
         accepted = share(jnp.cumprod(right, axis=1).astype(bool)).sum()
         return {**{f"accuracy_{j}": accuracy[j] for j in range(size)}, "accepted": accepted}
+
+
+def _run_again(function: Callable) -> Callable:
+    """The function, run a second time for its gradient, when the gradient of its result is there.
+
+    `jax.checkpoint` leaves the compiler free to do that at once, and to hold what comes of it.
+    """
+
+    def forwards(*arguments):
+        return function(*arguments), arguments
+
+    def backwards(arguments, gradient):
+        arguments, gradient = jax.lax.optimization_barrier((arguments, gradient))
+        return jax.vjp(function, *arguments)[1](gradient)
+
+    again = jax.custom_vjp(function)
+    again.defvjp(forwards, backwards)
+    return again
 
 
 def _answers(batch: dict[str, jax.Array]) -> Bool[Array, "B M"]:

@@ -4,10 +4,10 @@
     python scripts/distill.py --out runs/smollm2/data --conversations 128 --split heldout
     python scripts/adapt_smollm2.py cpu --minutes 60
 
-`cpu` and `gpu` are the settings of configs/adapt_smollm2_*.py; any of them can be changed on the
-command line. Give it a budget in minutes; it saves and stops there, or on Ctrl-C or SIGTERM, and
-the same command goes on. At its last step, or at any time with --export, it writes the adapter for
-`load(adapter=...)`. On many hosts the same command runs on each (scripts/launch).
+`cpu`, `gpu` and `tpu` are the settings of configs/adapt_smollm2_*.py; any of them can be changed on
+the command line. Give it a budget in minutes; it saves and stops there, or on Ctrl-C or SIGTERM,
+and the same command goes on. At its last step, or at any time with --export, it writes the adapter
+for `load(adapter=...)`. On many hosts the same command runs on each (scripts/launch).
 """
 
 import importlib.util

@@ -27,7 +27,7 @@ from dllm_jax.cli import main, program
 from dllm_jax.cli.answering import Clock
 from dllm_jax.cli.background import background
 from dllm_jax.cli.describe import activation_bytes, counts
-from dllm_jax.cli.options import Chat, Convert, Generate, Info, Recipes
+from dllm_jax.cli.options import Chat, Convert, Generate, Info, Plan, Recipes
 from dllm_jax.nn.adapters import AdapterConfig
 from dllm_jax.nn.transformer import Transformer, TransformerConfig
 from dllm_jax.nn.tree import param_shapes
@@ -127,6 +127,7 @@ def start(*arguments: str, cache: Path, **options) -> subprocess.Popen[str]:
         "convert": Convert,
         "info": Info,
         "recipes": Recipes,
+        "plan": Plan,
     }.items(),
 )
 def test_help(name: str, command: type, capsys):
@@ -147,7 +148,8 @@ def test_help_of_all(capsys):
             main(arguments)
         assert error.value.code == 0
         listed = capsys.readouterr().out
-        assert all(name in listed for name in ("generate", "chat", "convert", "info", "recipes"))
+        commands = ("generate", "chat", "convert", "info", "recipes", "plan")
+        assert all(name in listed for name in commands)
 
 
 def test_version(capsys):
@@ -186,6 +188,9 @@ def test_help_needs_no_jax():
         (["x", "--adapter", "none", "--mode", "diffusion"], "--mode ar"),
         (["x", "--adapter", "none", "--width", "3"], "--mode ar"),
         (["x", "--adapter", "/nowhere"], "/nowhere"),
+        (["x", "--mesh", "tensor"], "'tensor' is no AXIS=N"),
+        (["x", "--mesh", "tensr=2"], "['tensr'] are none of ('data', "),
+        (["x", "--mesh", "tensor=3"], "does not fit 8 devices: 3 must divide it"),
     ],
 )
 def test_mistakes(run, arguments: list[str], message: str):
@@ -194,6 +199,16 @@ def test_mistakes(run, arguments: list[str], message: str):
     assert err.startswith("dllm-jax: ")
     assert err.count("\n") == 1
     assert message in err
+
+
+def test_an_answer_from_a_mesh(run):
+    asked = "Why?", "--max-new-tokens", "8", "--mode", "diffusion", "--json"
+    (_, alone, _), (code, meshed, _) = (
+        run("generate", *asked),
+        run("generate", *asked, "--mesh", "data=1,tensor=2"),
+    )
+    assert code == 0
+    assert json.loads(meshed)["ids"] == json.loads(alone)["ids"]
 
 
 def test_missing_model(run, monkeypatch):

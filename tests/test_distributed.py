@@ -236,11 +236,36 @@ def test_two_processes_stop_together_and_one_goes_on(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_that_fails_ends_all_at_once(tmp_path):
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [("fail", "ZeroDivisionError"), ("apart", "is not the same folder on all 2 processes")],
+)
+def test_a_process_that_fails_ends_all_at_once(tmp_path, what, message):
     toy_training.write(tmp_path)
     start = time.monotonic()
-    out = together(2, 2, tmp_path / "run", "fail")
+    out = together(2, 2, tmp_path / "run", what)
     assert out.returncode == 1
-    assert "ZeroDivisionError" in out.stdout
-    assert "1 of 2 ends here" in out.stdout
-    assert time.monotonic() - start < 120
+    assert message in out.stdout
+    assert "of 2 ends here" in out.stdout
+    assert time.monotonic() - start < 240
+
+
+@pytest.mark.slow
+def test_killed_hosts_go_on_on_the_same_curve(tmp_path):
+    """scripts/bench/kill_hosts.py, with a checkpoint damaged before the second stage."""
+    path = ROOT / "scripts" / "bench" / "kill_hosts.py"
+    spec = importlib.util.spec_from_file_location("kill_hosts", path)
+    bench = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = bench  # dataclasses look their module up
+    spec.loader.exec_module(bench)
+    stages = (bench.Stage(2, "KILL"), bench.Stage(4, "TERM", before="flip"), bench.Stage(1, "END"))
+    config = bench.Kill(run=tmp_path, steps=40, save_every=3, devices=4, out=tmp_path / "report")
+    report = bench.main(config, stages)
+    for part in report["compared"]:
+        assert part["loss"] < 1e-3
+        assert part["last_loss"] < 0.7 * part["first_loss"]
+        assert [stage["exit_code"] for stage in part["stages"]][-1] == 0
+    killed, damaged, _ = report["compared"][0]["stages"]
+    assert killed["exit_code"] == 137
+    assert any("is not what was written" in line for line in damaged["told"])
+    assert "Told about the damage" in (tmp_path / "report.md").read_text()

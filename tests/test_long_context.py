@@ -14,7 +14,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from dllm_jax import recipes
 from dllm_jax.cache import _ROOM, allocate, append, cut
-from dllm_jax.decode.generate import _generate, generate, infill, pad, stream
+from dllm_jax.decode.generate import Prompt, _generate, generate, infill, pad, stream
 from dllm_jax.decode.prefill import CHUNK
 from dllm_jax.decode.prompt import edge
 from dllm_jax.models.folders import _from_json, _to_json
@@ -224,7 +224,7 @@ CASES = {
     "windows": (lambda: random_model(WINDOWED), recipes.diffusion_gemma(canvas=4, steps=4), 8),
 }
 
-QUICK = ("self_speculative", "sdar", "windows")
+QUICK = ("sdar", "windows")
 
 
 def random_model(config, seed=0):
@@ -389,7 +389,8 @@ def test_what_a_cache_of_fewer_bits_costs(family):
         assert (got.argmax(-1) == want.argmax(-1)).mean() >= ALIKE[dtype]
 
 
-@pytest.mark.parametrize("name", ["sdar", pytest.param("dual", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sdar", "dual"])
 def test_rows_of_an_int8_cache_are_as_alone(name):
     """A row's scales are its own: of its prompt's first chunk, or of each pass over its canvas."""
     recipe = recipes.fast_dllm_dual(block_size=4) if name == "dual" else recipes.sdar(block_size=4)
@@ -411,6 +412,86 @@ def test_a_dtype_that_no_cache_has():
         generate(model, params, [[3]], recipe=recipes.ar(), cache_dtype="int4")
 
 
+# Prompts that several rows share
+
+SHARED = {
+    "ar": recipes.ar(temperature=0.9),
+    "self_speculative": recipes.self_speculative(width=2, temperature=0.9),
+    "sliding": recipes.block_diffusion(block_size=4, threshold=0.3, temperature=0.9),
+    "sdar": recipes.sdar(block_size=4, temperature=0.9),
+    "fast_dllm_v2": recipes.fast_dllm_v2(block_size=8, temperature=0.9),
+    "bd3lm": recipes.bd3lm(block_size=4),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "ar")) for name in SHARED]
+)
+def test_answers_to_a_shared_prompt_are_those_of_rows_of_their_own(name):
+    """Prompts shorter than a block, at the end of one, and long; each row with its key."""
+    model, params = CASES.get(name, CASES["self_speculative"])[0]()
+    keys = jax.random.split(jax.random.key(0), 9)
+    prompt = rows(3, 8, 30)
+    each = Prompt(*(jnp.repeat(x, 3, axis=0) for x in prompt[:2]))
+    ask = partial(generate, model, params, recipe=SHARED[name], max_new_tokens=9, key=keys)
+    shared, alone = ask(prompt, samples=3, prefill_chunk=8), ask(each)
+    np.testing.assert_array_equal(shared.tokens, alone.tokens)
+    np.testing.assert_allclose(shared.logprobs, alone.logprobs, atol=1e-5)
+    for field in ("lengths", "stop", "nfe", "queries"):
+        np.testing.assert_array_equal(getattr(shared, field), getattr(alone, field))
+    assert len(np.unique(shared.tokens, axis=0)) > 3
+
+
+def test_a_shared_prompt_is_stored_once():
+    model, params = tiny()
+    ask = partial(
+        stream, model, params, rows(30, 17), recipe=recipes.ar(), max_new_tokens=9, samples=8
+    )
+
+    def made(**more):
+        cache = next(ask(**more)).cache
+        return cache.prefix.kv, cache.kv
+
+    prefix, own = jax.eval_shape(made)
+    assert prefix.shape == (2, 2, 2, 32, 16)
+    assert own.shape == (2, 16, 2, 65, 16)  # a bucket of 64 for the answer
+    assert {x.dtype.name for x in jax.eval_shape(partial(made, cache_dtype="int8"))} == {"int8"}
+
+
+@pytest.mark.slow
+def test_a_shared_prompt_in_int8_has_the_scales_of_its_own():
+    model, params = tiny()
+    ask = partial(
+        generate, model, params, recipe=recipes.ar(temperature=1.0), max_new_tokens=9,
+        key=jax.random.key(0), cache_dtype="int8",
+    )  # fmt: skip
+    alone = ask([[7, 8, 9, 10]] * 3)
+    np.testing.assert_array_equal(ask([[7, 8, 9, 10]], samples=3).tokens, alone.tokens)
+
+
+@pytest.mark.parametrize(
+    ("more", "recipe", "samples", "message"),
+    [
+        ({}, recipes.ar(), 0, "samples=0 must be a whole number, at least 1"),
+        (
+            {"attention": "bidirectional"}, recipes.dream(), 2,
+            "the prompt is read again with each canvas",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_share_a_prompt_says_so(more, recipe, samples, message):
+    model, params = tiny(**more)
+    with pytest.raises(ValueError, match=message):
+        generate(model, params, [[3]], recipe=recipe, samples=samples)
+
+
+def test_layers_with_windows_share_no_prompt():
+    model, params = random_model(WINDOWED)
+    recipe = recipes.diffusion_gemma(canvas=4)
+    with pytest.raises(ValueError, match="layers with a window read no shared prompt"):
+        generate(model, params, [[3]], recipe=recipe, samples=2, key=jax.random.key(0))
+
+
 # What a program of a long text holds
 
 
@@ -429,7 +510,11 @@ def arrays(jaxpr):
     ("recipe", "more"),
     [
         (recipes.self_speculative(width=2), {}),
-        (recipes.sdar(block_size=32), {**IN_PLACE, "block_size": 32, "adapter": False}),
+        pytest.param(
+            recipes.sdar(block_size=32),
+            {**IN_PLACE, "block_size": 32, "adapter": False},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["self_speculative", "sdar"],
 )

@@ -184,6 +184,24 @@ def test_the_adapter_has_no_part_in_the_causal_loss():
     assert all(leaf.any() for leaf in jax.tree.leaves(found.ar_grad["layers"]))
 
 
+def test_the_parts_of_a_batch_add_up_to_it(rows):
+    """Shares of the whole batch's counts: the two rows learn different numbers of tokens."""
+    drawn = OBJECTIVE.draw(MODEL, BATCH, KEY)
+    score = jax.jit(lambda drawn: OBJECTIVE.score(MODEL, PARAMS, drawn))
+    one = [
+        score(drawn.with_rows(jax.tree.map(lambda x, i=i: x[i : i + 1], drawn.rows)))
+        for i in range(2)
+    ]
+    found = jax.tree.map(jnp.add, *one)
+    expected = parts(TRAINED)
+    np.testing.assert_allclose(found[0], expected.loss, rtol=1e-6)
+    assert found[1].keys() == expected.figures.keys()
+    for name, value in expected.figures.items():
+        np.testing.assert_allclose(found[1][name], value, rtol=1e-6, err_msg=name)
+    learnt = [float(row.weights.sum()) for row in rows]
+    assert learnt[0] != learnt[1]
+
+
 def test_a_batch_with_nothing_to_learn_costs_nothing():
     batch = {**BATCH, "prompts": BATCH["lengths"]}
     loss, figures = jax.jit(

@@ -12,7 +12,7 @@ from dllm_jax.bench.collectives import collectives
 from dllm_jax.cli import main
 from dllm_jax.nn.transformer import TransformerConfig
 from dllm_jax.plan import NAMED, plan
-from dllm_jax.plan.topology import default_layout, layout, topology
+from dllm_jax.plan.topology import default_layout, layout, topology_of
 
 
 def test_collectives_of_a_program_that_is_known():
@@ -59,21 +59,21 @@ def test_groups_are_read_in_every_spelling():
 
 
 def test_topologies():
-    assert topology("v5e:16x16").devices == 256
-    assert topology("tpu7x:2x2x1").devices == 8  # two a chip
-    assert topology("H100:8").chip.name == "h100"
+    assert topology_of("v5e:16x16").devices == 256
+    assert topology_of("tpu7x:2x2x1").devices == 8  # two a chip
+    assert topology_of("H100:8").chip.name == "h100"
     for name, words in (("v5e", "no shape"), ("v8:2x2", "none of the chips"),
                         ("v5p:4x4", "3 dimensions"), ("v5e:0x2", "no shape")):  # fmt: skip
         with pytest.raises(ValueError, match=words):
-            topology(name)
+            topology_of(name)
 
 
 def test_meshes():
-    flash, own = NAMED["llada2-flash-100b"].config, topology("v6e:8x8")
+    flash, own = NAMED["llada2-flash-100b"].config, topology_of("v6e:8x8")
     found = default_layout(flash, "decode", own, 64)
     assert found == {"data": 1, "expert": 16, "tensor": 4}
     assert layout(own, None, found)["context"] == 1
-    assert default_layout(flash, "train", topology("v5e:16x16"), 256)["fsdp"] == 16
+    assert default_layout(flash, "train", topology_of("v5e:16x16"), 256)["fsdp"] == 16
     with pytest.raises(ValueError, match="not the 64 devices"):
         layout(own, {"tensor": 4}, found)
     with pytest.raises(ValueError, match=r"\['rows'\] are none of"):
@@ -146,7 +146,9 @@ TINY = TransformerConfig(
 
 
 @pytest.mark.aot("tpu")
-@pytest.mark.parametrize("mode", ["decode", "prefill", "train"])
+@pytest.mark.parametrize(
+    "mode", ["decode", "prefill", pytest.param("train", marks=pytest.mark.slow)]
+)
 def test_a_plan_that_is_compiled(mode: str, monkeypatch):
     own = NAMED["sdar-8b"]._replace(config=TINY, block=16)
     monkeypatch.setitem(NAMED, "tiny", own)
@@ -161,3 +163,20 @@ def test_a_plan_that_is_compiled(mode: str, monkeypatch):
     assert compiled.peak > sum(compiled.arguments.values())
     kinds = {x.kind: x for x in compiled.exchanges}
     assert kinds["all-reduce"].count >= 2 * TINY.num_layers
+
+
+@pytest.mark.aot("tpu")
+def test_closed_forms_are_the_compilers():
+    """Of a model of 8B over eight chips: what each holds, and what it sends."""
+    found = plan("llada-8b", "v5e:2x4", batch=8, context=4096)
+    assert found.estimate == pytest.approx(found.peak, rel=0.02)
+    sent = sum(x.bytes for x in found.compiled.exchanges)
+    assert found.work.sent == pytest.approx(sent, rel=0.01)
+
+
+@pytest.mark.aot("tpu")
+def test_what_does_not_fit_is_refused_in_the_compilers_words():
+    found = plan("sdar-8b", "v5e:1x1", batch=8, context=4096)
+    assert not found.fits
+    assert found.compiled is None
+    assert "15.75G" in found.reason

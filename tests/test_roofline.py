@@ -15,7 +15,7 @@ from dllm_jax.nn.tree import param_axes, param_shapes
 from dllm_jax.ops.moe import MoEConfig
 from dllm_jax.plan import NAMED
 from dllm_jax.roofline.memory import weights
-from dllm_jax.roofline.sizes import RULES, attentions
+from dllm_jax.roofline.sizes import attentions
 from dllm_jax.sharding import shardings
 
 TINY = TransformerConfig(
@@ -54,7 +54,7 @@ def test_a_device_holds_its_part(name: str):
     layout = {"data": 1, "fsdp": 2, "expert": 2, "context": 1, "tensor": 2}
     mesh = jax.make_mesh(tuple(layout.values()), tuple(layout))
     shapes = param_shapes(config)
-    places = shardings(param_axes(config), mesh, RULES, shapes=shapes)
+    places = shardings(param_axes(config), mesh, shapes=shapes)
     parts = jax.tree.map(lambda x, p: math.prod(p.shard_shape(x.shape)), shapes, places)
     own = sum(n * x.dtype.itemsize for n, x in
               zip(jax.tree.leaves(parts), jax.tree.leaves(shapes), strict=True))  # fmt: skip

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from dllm_jax import sharding, training
-from dllm_jax.testing import tiny
 from dllm_jax.training import checkpoints, records
 from tests import toy_training
 
@@ -193,7 +192,10 @@ def test_a_part_is_restored_onto_a_mesh_and_in_another_dtype(whole):
     run, state = whole
     mesh = sharding.make_mesh(data=2, fsdp=4)
     homes = sharding.shardings({"head": ("vocab", "embed")}, mesh)
-    params = {**tiny()[1], "head": jax.device_put(tiny()[1]["head"], homes["head"])}
+    params = {
+        **toy_training.model()[1],
+        "head": jax.device_put(toy_training.model()[1]["head"], homes["head"]),
+    }
     _, found = training.restore(run, ("head",), like=params, dtype="bfloat16")
     assert found["head"].sharding == homes["head"]
     assert found["head"].dtype == jnp.bfloat16

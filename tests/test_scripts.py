@@ -128,6 +128,15 @@ def test_only_missing_parts_are_written(model, folder, tmp_path):
     assert all(same(parts(tmp_path)[name], parts(folder)[name]) for name in (lost.name, kept.name))
 
 
+def test_processes_write_the_parts_in_turn(model, folder, tmp_path, monkeypatch):
+    second = SimpleNamespace(process_index=lambda: 1, process_count=lambda: 2, random=jax.random)
+    monkeypatch.setattr(distill, "jax", second)
+    distil(model, tmp_path)
+    (part,) = parts(tmp_path).items()
+    assert part[0] == "train-00001.npz"
+    assert same(part[1], parts(folder)["train-00001.npz"])
+
+
 def test_splits_are_named(model, tmp_path):
     with pytest.raises(ValueError, match="split='test' is not one of"):
         distil(model, tmp_path, split="test")

@@ -1,5 +1,6 @@
 """A run that compiles in a moment, for tests of the loop; as a program, what its processes do."""
 
+import dataclasses
 import functools
 import os
 import signal
@@ -16,16 +17,35 @@ from dllm_jax.nn.tree import param_axes, param_shapes
 from dllm_jax.testing import tiny
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """Rows, and what the sums over them are divided by."""
+
+    rows: tuple
+    total: jax.Array
+
+    def with_rows(self, rows):
+        return Drawn(rows, self.total)
+
+
 class Toy:
     """Words that follow each other get similar embeddings; noise of the key beside."""
 
     def loss(self, model, params, batch, key):
-        x = params["embed"][batch["tokens"]]
-        x = x + 0.1 * jax.random.normal(key, x.shape)
+        return self.score(model, params, self.draw(model, batch, key))
+
+    def draw(self, model, batch, key):
+        noise = 0.1 * jax.random.normal(key, (*batch["tokens"].shape, model.config.dim))
+        return Drawn((batch, noise), (batch["lengths"] - 1).sum())
+
+    def score(self, model, params, drawn):
+        batch, noise = drawn.rows
+        x = params["embed"][batch["tokens"]] + noise
         there = jnp.arange(x.shape[1] - 1) < batch["lengths"][:, None] - 1
         apart = jnp.square(x[:, 1:] - x[:, :-1]).mean(axis=-1)
-        loss = (apart * there).sum() / there.sum()
-        return loss, {"last": apart[-1, 0]}
+        loss = (apart * there).sum() / drawn.total
+        return loss, {"tokens": (there.sum() / drawn.total).astype(jnp.float32)}
 
 
 TOY = Toy()
@@ -39,7 +59,7 @@ def write(folder: Path, count: int = 40) -> None:
 
 
 @functools.cache
-def _tiny():
+def model():
     models = []
 
     def init():
@@ -65,12 +85,12 @@ class Source(Conversations):
 
 def fit(run: Path, mesh=None, event=None, **changes) -> training.TrainState:
     """Twelve steps of eight rows, a checkpoint every three, from data beside the run."""
-    model, params = _tiny()
+    network, params = model()
     if mesh is None:
         params = jax.device_put(params, jax.devices()[0])
     else:
         homes = sharding.shardings(
-            param_axes(model.config), mesh, shapes=param_shapes(model.config)
+            param_axes(network.config), mesh, shapes=param_shapes(network.config)
         )
         params = distributed.place(params, homes)
     source = Source(run.parent, "train")
@@ -78,7 +98,7 @@ def fit(run: Path, mesh=None, event=None, **changes) -> training.TrainState:
     settings = dict(steps=12, batch=8, length=8, save_every=3, evaluate_every=0)
     config = training.Fit(**{**settings, **changes})
     state = training.create(params, ("embed", "head"), TX)
-    return training.fit(run, config, model, params, state, TOY, TX, source)
+    return training.fit(run, config, network, params, state, TOY, TX, source)
 
 
 def losses(run: Path) -> np.ndarray:
@@ -101,5 +121,9 @@ if __name__ == "__main__":
         event = (4 * own + 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
     if what == "fail" and last:
         event = (2, lambda: 1 / 0)
+    if what == "apart":  # hosts that share no disk
+        run = run / str(jax.process_index()) / "run"
+        run.parent.mkdir(parents=True)
+        write(run.parent)
     state = fit(run, mesh, event)
     print(f"{place}: step {int(state.step)}")

@@ -12,9 +12,10 @@ import jax.monitoring
 
 from dllm_jax import checkpoint
 from dllm_jax.cli.choice import Choice, choose
-from dllm_jax.cli.options import Decoding, ModelOptions
+from dllm_jax.cli.options import Decoding, ModelOptions, mesh_sizes
 from dllm_jax.decode.generate import BUCKET, Prompt, generate, infill, pad, stream
 from dllm_jax.decode.state import STOP_REASONS, Result
+from dllm_jax.sharding import AXES, make_mesh
 from dllm_jax.tokenizer import Tokenizer
 from dllm_jax.trajectory import Recorder
 from dllm_jax.typing import Params
@@ -59,8 +60,13 @@ class Loaded(NamedTuple):
 
 def load(options: ModelOptions) -> Loaded:
     """Reads the weights and the tokenizer."""
-    adapter = None if options.adapter == "none" else options.adapter
-    model, params = checkpoint.load(options.model, dtype=options.dtype, adapter=adapter)
+    adapter, mesh = None if options.adapter == "none" else options.adapter, None
+    if options.mesh is not None:
+        sizes = mesh_sizes(options.mesh)
+        if unknown := sizes.keys() - set(AXES):
+            raise ValueError(f"--mesh {options.mesh}: {sorted(unknown)} are none of {AXES}")
+        mesh = make_mesh(**sizes)
+    model, params = checkpoint.load(options.model, dtype=options.dtype, adapter=adapter, mesh=mesh)
     return Loaded(options.model, model, params, Tokenizer.load(options.model))
 
 

@@ -273,7 +273,7 @@ def _machine() -> Iterator[str]:
     names = ("dllm-jax", "jax", "jaxlib", "flax", "orbax-checkpoint", "tokenizers")
     yield from _rows(
         ("devices", devices),
-        ("mesh", "none: the weights go to the first device"),
+        ("mesh", "none: the weights go to the first device, without --mesh"),
         ("versions", ", ".join(filter(None, map(_version, names)))),
         ("python", platform.python_version()),
     )

@@ -19,6 +19,11 @@ def _word(metavar: str):
     return tyro.conf.arg(metavar=metavar)
 
 
+def _default(metavar: str, default: object):
+    """An option of which is told whether it was given; its default is the recipe's."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """Which weights."""
@@ -32,17 +37,15 @@ class ModelOptions:
     dtype: Annotated[Dtype | None, _word("float32|bfloat16|float16")] = None
     """Of weights and activations; as stored by default (GGUF: float32)."""
 
+    mesh: Annotated[str | None, _default("AXIS=N,...", "the first device")] = None
+    """Devices to lie on, by axes: tensor=8, or data=2,tensor=4 (also fsdp, expert, context)."""
+
 
 # Options of a recipe: --set block_size=8 --set threshold=0.7
 Sets = Annotated[
     tyro.conf.UseAppendAction[tuple[str, ...]],
     tyro.conf.arg(name="set", metavar="OPTION=VALUE", help_behavior_hint="(repeatable)"),
 ]
-
-
-def _default(metavar: str, default: object):
-    """An option of which is told whether it was given; its default is the recipe's."""
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -339,8 +342,11 @@ class Plan(Command):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of activations, cache and weights; in training the weights are float32."""
 
-    cache_dtype: Annotated[str | None, _default("int8|bfloat16|float32", "that of --dtype")] = None
-    """Of the cache; another than --dtype is answered in closed form."""
+    cache_dtype: Annotated[str | None, _default("int8|bfloat16", "that of --dtype")] = None
+    """Of the cache; int8 has scales of each row and head."""
+
+    accumulate: int = 1
+    """Parts of a batch that are trained on one after the other, for the memory of one."""
 
     tokens_per_forward: Annotated[float | None, _default("FLOAT", "as reported, or 1")] = None
     """That a row writes in a pass."""
@@ -360,15 +366,22 @@ class Plan(Command):
         Raises:
           ValueError: it is written in another way.
         """
-        if self.mesh is None:
-            return None
-        found = {}
-        for part in self.mesh.split(","):
-            axis, _, size = part.partition("=")
-            if not size.strip().isdigit():
-                raise ValueError(f"--mesh {self.mesh}: {part!r} is no AXIS=N, as in tensor=4")
-            found[axis.strip()] = int(size)
-        return found
+        return None if self.mesh is None else mesh_sizes(self.mesh)
+
+
+def mesh_sizes(text: str) -> dict[str, int]:
+    """The sizes of a mesh's axes, "data=2,tensor=4".
+
+    Raises:
+      ValueError: it is written in another way.
+    """
+    found = {}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if not size.strip().isdigit():
+            raise ValueError(f"--mesh {text}: {part!r} is no AXIS=N, as in tensor=4")
+        found[axis.strip()] = int(size)
+    return found
 
 
 AnyCommand = (

@@ -26,7 +26,7 @@ def _planned(command: Command) -> Plan:
         command.model, command.topology, mode=command.mode, batch=command.batch,
         context=command.context, block=command.block, mesh=command.sizes(), recipe=command.recipe,
         dtype=command.dtype, cache_dtype=command.cache_dtype,
-        tokens_per_forward=command.tokens_per_forward,
+        accumulate=command.accumulate, tokens_per_forward=command.tokens_per_forward,
         effort="low" if command.effort == "none" else command.effort,
         compiling=command.effort != "none",
     )  # fmt: skip

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from dllm_jax.decode import passes
 from dllm_jax.decode.choice import choose
 from dllm_jax.decode.passes import Pass
+from dllm_jax.decode.prompt import Memory
+from dllm_jax.decode.start import repeated, spread
 from dllm_jax.decode.state import (
     END_OF_TURN,
     LENGTH,
@@ -31,11 +33,17 @@ from dllm_jax.recipes import Denoise
 _COMMIT, _REVISE, _NOISE = 2, 3, 4  # streams of noise
 
 
-def first_steps(model, params, recipe: Denoise, keys, state: DecodeState, width: int, chunk: int):
-    """The prefill, where there is one, in chunks or whole (0), and the step that rides on it."""
+def first_steps(
+    model, params, recipe: Denoise, keys, state: DecodeState, width: int, memory: Memory
+) -> DecodeState:
+    """The prefill, where there is one, and the step that rides on it."""
     if recipe.cache in ("none", "prefix", "dual"):
         return state
-    given, last = passes.prefill(model, params, recipe, state, width, chunk)
+    given, last = passes.prefill(model, params, recipe, state, width, memory.chunk)
+    if memory.samples > 1:
+        state = spread(model, recipe, given.state, width, memory)
+        given = Pass(repeated(given.hidden, memory), repeated(given.base, memory), state)
+        last = repeated(last, memory)
     if recipe.first == "commit":
         state = given.state
         seeded = (state.start > 0) & (state.start == state.prompt)

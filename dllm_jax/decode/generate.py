@@ -36,6 +36,7 @@ def generate(
     key: Key | None = None,
     prefill_chunk: int | None = None,
     cache_dtype: str | None = None,
+    samples: int = 1,
 ) -> Result:
     """Answers a batch of prompts, in one compiled loop on the device.
 
@@ -58,6 +59,9 @@ def generate(
       cache_dtype: of keys and values of the text so far: "bfloat16", or "int8" with scales of each
         row, layer and kv head that its prompt sets (its first chunk); both approximate. None: that
         of the model's activations.
+      samples: answers to each prompt, of rows that follow each other: row r is the answer of number
+        r % samples to prompt r // samples, with a key of its own. The prompt is read and stored
+        once for them. For an exact cache, of models without windows.
 
     Returns:
       A `Result`: tokens, lengths, stop reasons, and the cost of each row. Each row's answer is the
@@ -69,7 +73,7 @@ def generate(
         needs (a mask id, its kind of attention), or the lengths do not fit the model.
     """
     prompt = checked(prompt, model.config)
-    job = edge(model, prompt, recipe, max_new_tokens, key, prefill_chunk, cache_dtype)
+    job = edge(model, prompt, recipe, max_new_tokens, key, prefill_chunk, cache_dtype, samples)
     return result(run(model, params, job), max_new_tokens)
 
 
@@ -83,6 +87,7 @@ def stream(
     key: Key | None = None,
     prefill_chunk: int | None = None,
     cache_dtype: str | None = None,
+    samples: int = 1,
 ) -> Iterator[DecodeState]:
     """As `generate`, but yields the state after the prefill and after every step.
 
@@ -91,9 +96,8 @@ def stream(
     """
     filling = has_free(prompt)
     prompt = checked(prompt, model.config, infilling=filling)
-    job = edge(
-        model, prompt, recipe, None if filling else max_new_tokens, key, prefill_chunk, cache_dtype
-    )
+    budget = None if filling else max_new_tokens
+    job = edge(model, prompt, recipe, budget, key, prefill_chunk, cache_dtype, samples)
     yield from _stream(model, params, job)
 
 
@@ -229,11 +233,11 @@ def _start(model, params, prompt, recipe, budget, keys, forced, *, size, memory)
 
 
 def _started(model, size, memory, params, prompt, recipe, budget, keys, forced) -> DecodeState:
-    state = initial(model, prompt, recipe, budget, keys, size, memory.cache_dtype)
+    state = initial(model, prompt, recipe, budget, keys, size, memory)
     width = prompt.tokens.shape[1]
     if isinstance(recipe, Verified):
-        return verify.first_steps(model, params, recipe, keys, state, width, memory.chunk)
+        return verify.first_steps(model, params, recipe, keys, state, width, memory)
     if forced is not None:
         room = state.tokens.shape[1] - forced.shape[1]
         state = dataclasses.replace(state, forced=jnp.pad(forced, ((0, 0), (0, room))))
-    return denoise.first_steps(model, params, recipe, keys, state, width, memory.chunk)
+    return denoise.first_steps(model, params, recipe, keys, state, width, memory)

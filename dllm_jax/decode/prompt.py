@@ -31,6 +31,7 @@ class Memory(NamedTuple):
 
     chunk: int = 0  # tokens of a prompt that a pass takes (`decode.prefill`); 0: all
     cache_dtype: str | None = None  # None: that of the model's activations
+    samples: int = 1  # rows that answer a prompt, which is stored once for them
 
 
 PLAIN = Memory()
@@ -117,13 +118,13 @@ def checked(prompt, config, infilling: bool = False) -> Prompt:
 
 def edge(
     model, prompt: Prompt, recipe: Any, max_new_tokens: int | None, key,
-    prefill_chunk: int | None = None, cache_dtype: str | None = None,
+    prefill_chunk: int | None = None, cache_dtype: str | None = None, samples: int = 1,
 ) -> Job:  # fmt: skip
     """Whether all fits; the recipe with arrays for numbers, a key a row, and the buffers' size.
 
     Args:
       max_new_tokens: None when infilling.
-      prefill_chunk, cache_dtype: as in `generate`.
+      prefill_chunk, cache_dtype, samples: as in `generate`.
     """
     config = model.config
     if not isinstance(recipe, Verified | Denoise):
@@ -149,13 +150,14 @@ def edge(
     ):  # what ends a turn is a token like any other
         recipe = dataclasses.replace(recipe, ending="never")
     recipe.sampling.check()
-    keys = _keys(key, batch, recipe)
+    _check_samples(recipe, config, samples)
+    keys = _keys(key, batch * samples, recipe)
     room = -(-budget // BUCKET) * BUCKET
     if isinstance(recipe, Denoise) and not recipe.width.size:
         recipe = _whole(recipe, room or width)
     if cache_dtype not in (None, *DTYPES):
         raise ValueError(f"cache_dtype={cache_dtype!r} is none of {', '.join(DTYPES)}")
-    memory = Memory(chunk_of(recipe, config, width, prefill_chunk), cache_dtype)
+    memory = Memory(chunk_of(recipe, config, width, prefill_chunk), cache_dtype, int(samples))
     recipe = jax.tree.map(_strong, recipe)
     return Job(prompt, recipe, jnp.int32(budget), keys, width + room, memory)
 
@@ -164,8 +166,7 @@ def chunk_of(recipe: Recipe, config, width: int, asked: int | None) -> int:
     """Tokens of a chunk of a prompt of `width`, whole blocks of them; 0: it goes in one piece."""
     if asked is not None and not (isinstance(asked, int | np.integer) and asked >= 0):
         raise ValueError(f"prefill_chunk={asked} must be a number of tokens, or 0 for all at once")
-    canvas = isinstance(recipe, Denoise) and recipe.cache in ("none", "prefix", "dual")
-    if canvas or config.attention == "bidirectional":
+    if not _is_exact(recipe, config):
         if asked:
             raise ValueError(
                 "prefill_chunk is for prompts whose tokens do not see what follows; in this model,"
@@ -176,6 +177,29 @@ def chunk_of(recipe: Recipe, config, width: int, asked: int | None) -> int:
     block = 1 if causal else recipe.width.size
     chunk = -(-(CHUNK if asked is None else asked) // block) * block
     return int(chunk) if chunk < width else 0
+
+
+def _is_exact(recipe: Recipe, config) -> bool:
+    """Whether a prompt is cached for good, whatever follows it."""
+    canvas = isinstance(recipe, Denoise) and recipe.cache in ("none", "prefix", "dual")
+    return not canvas and config.attention != "bidirectional"
+
+
+def _check_samples(recipe: Recipe, config, samples: int) -> None:
+    if not (isinstance(samples, int | np.integer) and samples > 0):
+        raise ValueError(f"samples={samples} must be a whole number, at least 1")
+    if samples == 1:
+        return
+    if not _is_exact(recipe, config):
+        reason = "the prompt is read again with each canvas behind it"
+    elif hasattr(config, "window"):
+        reason = "its layers with a window read no shared prompt"
+    else:
+        return
+    raise ValueError(
+        f"samples={samples} would store a prompt once for all its answers, but {reason}: give the"
+        " prompt as so many rows"
+    )
 
 
 def _whole(recipe: Denoise, size: int) -> Denoise:

@@ -1,11 +1,13 @@
 """The state before the first pass: where each row's canvas lies, and its noise."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
-from dllm_jax.cache import KVCache
+from dllm_jax.cache import KVCache, behind
 from dllm_jax.decode import passes
-from dllm_jax.decode.prompt import Prompt
+from dllm_jax.decode.prompt import PLAIN, Memory, Prompt
 from dllm_jax.decode.state import RUNNING, DecodeState, lies
 from dllm_jax.ops.sampling import uniform
 from dllm_jax.policies import ReNoise, Sliding
@@ -13,17 +15,18 @@ from dllm_jax.recipes import Denoise, Recipe, Verified
 from dllm_jax.sharding import laid_out
 
 _FIRST_NOISE = 5  # stream of noise
+_TILE = 32  # rows: of elements of one byte; of wider ones it is 8 or 16
 
 
 def initial(
-    model, prompt: Prompt, recipe: Recipe, budget, keys, size: int, cache_dtype: str | None = None
+    model, prompt: Prompt, recipe: Recipe, budget, keys, size: int, memory: Memory = PLAIN
 ) -> DecodeState:
     """The batch with its canvas open and its cache empty.
 
     Args:
       budget: int32[], the most new tokens; nothing when filling in.
       size: positions of the buffers that prompt and budget need; the recipe's blocks may add some.
-      cache_dtype: None: that of the model's activations.
+      memory: where several rows are to answer a prompt, the cache is that of the prompts.
     """
     config = model.config
     batch, width = prompt.tokens.shape
@@ -63,16 +66,14 @@ def initial(
             parts["previous"] = jnp.full((batch, block), -1, jnp.int32)
         if exact and passes.shifted(model) and config.attention != "causal":
             parts["last"] = jnp.zeros((rows, 1, config.dim), config.dtype)
-        slots = 0 if recipe.cache == "none" else length
-        if exact:
-            slots = length + passes.capacity(recipe) * block
+        slots = 0 if recipe.cache == "none" else _slots(recipe, length)
         reach = jnp.minimum(start + block, end)
     else:
-        slots, reach = length, end
+        slots, reach = _slots(recipe, length), end
         parts["drafts"] = jnp.zeros((batch, recipe.width), jnp.int32)
     cache = KVCache((), jnp.zeros(rows, jnp.int32))
     if slots:
-        cache = model.cache(rows, slots, cache_dtype)
+        cache = model.cache(rows, width if memory.samples > 1 else slots, memory.cache_dtype)
     zeros = jnp.zeros(batch, jnp.int32)
     empty = {
         "carry": jnp.zeros((0, 0, 0)),
@@ -106,6 +107,45 @@ def initial(
         **{**empty, **parts},
     )
     return laid_out(state, lies)
+
+
+def spread(model, recipe: Recipe, state: DecodeState, width: int, memory: Memory) -> DecodeState:
+    """The state behind the prefill of `width` prompt slots, with `memory.samples` rows for each.
+
+    What is cached so far they share; each has a cache for what follows.
+    """
+    bare = dataclasses.replace(state, cache=KVCache((), state.cache.lengths))
+    rows = jax.tree.map(lambda x: repeated(x, memory), bare)
+    behind_prompt = state.tokens.shape[1] - width
+    if isinstance(recipe, Denoise):
+        behind_prompt += recipe.width.size  # its last tokens may be part of the first block
+    slots = _slots(recipe, behind_prompt)
+    batch = len(state.cache.lengths) * memory.samples
+    cache = behind(state.cache, model.cache(batch, slots, memory.cache_dtype))
+    return laid_out(dataclasses.replace(rows, cache=cache), lies)
+
+
+def repeated(x: jax.Array, memory: Memory) -> jax.Array:
+    """What each row has, for all the rows that it becomes."""
+    return jnp.repeat(x, memory.samples, axis=0)
+
+
+def _slots(recipe: Recipe, length: int) -> int:
+    """Of the cache of a row of `length` positions: an append may reach behind the last."""
+    if isinstance(recipe, Verified):
+        return _whole_tiles(length)
+    if recipe.cache in ("prefix", "dual"):  # replaced as a whole
+        return length
+    return _whole_tiles(length + passes.capacity(recipe) * recipe.width.size)
+
+
+def _whole_tiles(slots: int) -> int:
+    """At least so many slots: a TPU lays a cache of whole tiles out as kernels read it.
+
+    Of another number of slots it puts another axis next to the last, so as to pad less, and every
+    step that is a program of its own copies the cache into the kernels' layout.
+    """
+    return -(-slots // _TILE) * _TILE
 
 
 def _canvas(recipe: Recipe, first, limit) -> tuple[jax.Array, jax.Array, int]:

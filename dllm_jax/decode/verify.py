@@ -20,6 +20,8 @@ import jax.numpy as jnp
 
 from dllm_jax.cache import append, cut
 from dllm_jax.decode import prefill
+from dllm_jax.decode.prompt import Memory
+from dllm_jax.decode.start import repeated, spread
 from dllm_jax.decode.state import DecodeState, gather, is_end, stopped, window, without_mask, write
 from dllm_jax.nn.head import logits_of, mask_in_vocabulary, scores_of, stats_of
 from dllm_jax.nn.transformer import Transformer, forward
@@ -33,14 +35,12 @@ _TOKEN = 1  # stream of noise
 _AT_ONCE = 8  # positions whose scores exist at a time, where they must
 
 
-def first_steps(model, params, recipe: Verified, keys, state: DecodeState, width: int, chunk: int):
-    """The prefill of `width` prompt slots, and out of it the first token and the first drafts.
-
-    Args:
-      chunk: tokens of a pass (`prefill`); 0: all of them.
-    """
+def first_steps(
+    model, params, recipe: Verified, keys, state: DecodeState, width: int, memory: Memory
+):
+    """The prefill of `width` prompt slots, and out of it the first token and the first drafts."""
     batch, count = len(state.prompt), recipe.width
-    chunks, begin = prefill.parts(width, chunk)
+    chunks, begin = prefill.parts(width, memory.chunk)
     size = width - begin
     entries = state.tokens[:, begin:width]
     positions = jnp.broadcast_to(begin + jnp.arange(size), (batch, size))
@@ -52,7 +52,7 @@ def first_steps(model, params, recipe: Verified, keys, state: DecodeState, width
             return forward(model, params, entries, positions=at, canvas=False, **options)
 
         cache, last = prefill.before_last(
-            passed, state.tokens, state.prompt, state.cache, last, chunks, chunk, 1
+            passed, state.tokens, state.prompt, state.cache, last, chunks, memory.chunk, 1
         )
         state = dataclasses.replace(state, cache=cache)
         cached = {"cache": cache, "cache_end": cache.lengths}
@@ -75,7 +75,11 @@ def first_steps(model, params, recipe: Verified, keys, state: DecodeState, width
     )
     own = gather(out.hidden, lengths - 1, 1)
     last = jnp.where((lengths > 0)[:, None, None], own, last)
-    return _settle(model, params, recipe, keys, state, 0, last, out.hidden[:, None, size:])
+    groups = out.hidden[:, None, size:]
+    if memory.samples > 1:
+        state = spread(model, recipe, state, width, memory)
+        last, groups = repeated(last, memory), repeated(groups, memory)
+    return _settle(model, params, recipe, keys, state, 0, last, groups)
 
 
 def step(

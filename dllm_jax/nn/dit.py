@@ -19,10 +19,10 @@ from jaxtyping import Array, Float, Int
 
 from dllm_jax.cache import KVCache, allocate
 from dllm_jax.nn import remat
+from dllm_jax.nn.attention import attend
 from dllm_jax.nn.head import Head
 from dllm_jax.nn.transformer import Output
 from dllm_jax.nn.tree import Entry, init, param_shapes
-from dllm_jax.ops.attention import attention
 from dllm_jax.ops.embedding import lookup
 from dllm_jax.ops.norm import layer_norm
 from dllm_jax.ops.rope import rope_angles, rotate
@@ -208,12 +208,9 @@ def _layer(context: _Context, number, layer: Params, hidden: jax.Array):
     x = layer_norm(hidden, p["norm"], config.norm_eps) * (1 + scale) + shift
     q, k, v = (jnp.einsum("bqd,dnh->bqnh", x, p[name].astype(x.dtype)) for name in "qkv")
     q, k = rotate(q, *context.angles), rotate(k, *context.angles)
-    cached: dict[str, Any] = {}
-    if context.cache is not None:
-        cached = context.cache.layer(number)
-    mixed = attention(
-        q, k, v, context.mask, **cached, cache_end=context.cache_end, hole=context.hole,
-        lengths=context.lengths,
+    mixed = attend(
+        q, k, v, context.mask, cache=context.cache, layer=number, cache_end=context.cache_end,
+        hole=context.hole, lengths=context.lengths,
     )  # fmt: skip
     hidden = hidden + gate * jnp.einsum("bqnh,nhd->bqd", mixed, p["o"].astype(x.dtype))
     hidden = constrain(hidden, "batch", "length")

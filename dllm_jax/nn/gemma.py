@@ -24,11 +24,11 @@ from jaxtyping import Array, Float, Int
 
 from dllm_jax.cache import AXES, KVCache, scales
 from dllm_jax.nn import remat
+from dllm_jax.nn.attention import attend
 from dllm_jax.nn.gemma_tree import gemma_tree
 from dllm_jax.nn.head import Head
 from dllm_jax.nn.transformer import Output
 from dllm_jax.nn.tree import init, param_shapes
-from dllm_jax.ops.attention import attention
 from dllm_jax.ops.embedding import lookup
 from dllm_jax.ops.moe import MoEConfig, Stack, experts, route
 from dllm_jax.ops.norm import rms_norm
@@ -293,12 +293,10 @@ def _attention(context: _Context, kind: str, number, p: Params, hidden: jax.Arra
     q = rotate(rms_norm(q, p["q_norm"], config.norm_eps), *angles)
     k = rotate(rms_norm(k, p["k_norm"], config.norm_eps), *angles)
     v = rms_norm(v, None, config.norm_eps)
-    cached: dict[str, Any] = {}
-    if context.cache is not None:
-        cached = context.cache.layer(number, config.kinds.index(kind))
-    mixed = attention(
-        q, k, v, context.mask, **cached, cache_end=context.cache_end, hole=context.hole,
-        lengths=context.lengths, window=config.window if kind == "sliding" else 0, scale=1.0,
+    mixed = attend(
+        q, k, v, context.mask, cache=context.cache, layer=number, part=config.kinds.index(kind),
+        cache_end=context.cache_end, hole=context.hole, lengths=context.lengths,
+        window=config.window if kind == "sliding" else 0, scale=1.0,
     )  # fmt: skip
     mixed = jnp.einsum("bqnh,nhd->bqd", mixed, p["o"].astype(x.dtype))
     kv = jnp.moveaxis(jnp.concatenate([k, v], axis=-1), 1, 2)

@@ -21,10 +21,10 @@ from jaxtyping import Array, Bool, Float, Int
 from dllm_jax.cache import AXES, KVCache, allocate
 from dllm_jax.nn import remat
 from dllm_jax.nn.adapters import AdapterConfig, low_rank
+from dllm_jax.nn.attention import attend
 from dllm_jax.nn.head import Head
 from dllm_jax.nn.transformer_tree import transformer_tree
 from dllm_jax.nn.tree import init, param_shapes
-from dllm_jax.ops.attention import attention
 from dllm_jax.ops.embedding import lookup
 from dllm_jax.ops.moe import MoEConfig, Stack, experts, route
 from dllm_jax.ops.norm import rms_norm
@@ -316,12 +316,9 @@ def _layer(
     if config.qk_norm:
         q, k = (rms_norm(y, p[f"{n}_norm"], config.norm_eps) for y, n in ((q, "q"), (k, "k")))
     q, k = rotate(q, *context.angles), rotate(k, *context.angles)
-    cached: dict[str, Any] = {}
-    if context.cache is not None:
-        cached = context.cache.layer(number)
-    mixed = attention(
-        q, k, v, context.mask, **cached, cache_end=context.cache_end, hole=context.hole,
-        lengths=context.lengths,
+    mixed = attend(
+        q, k, v, context.mask, cache=context.cache, layer=number, cache_end=context.cache_end,
+        hole=context.hole, lengths=context.lengths,
     )  # fmt: skip
     mixed = mixed.reshape(*mixed.shape[:2], -1)
     hidden = hidden + project(mixed, p["o"].reshape(-1, config.dim), "o", "bqi,id->bqd")

@@ -12,14 +12,18 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jax.sharding import Mesh
+
 from dllm_jax import roofline
 from dllm_jax.plan.architectures import NAMED, Architecture
 from dllm_jax.plan.compiled import Compiled, Exchange, TooLarge, compile_program
 from dllm_jax.plan.estimate import memory_of, work_of
-from dllm_jax.plan.programs import program
-from dllm_jax.plan.setting import MODES, setting
-from dllm_jax.plan.topology import Topology, default_layout, layout, mesh_of, topology
+from dllm_jax.plan.programs import Planned, program
+from dllm_jax.plan.setting import MODES, Setting, setting
+from dllm_jax.plan.topology import Topology, default_layout, layout, mesh_of, topology_of
 from dllm_jax.testing.aot import has_compiler
+
+_LENGTHS = 1024  # the steps in which contexts are tried
 
 __all__ = ["MODES", "NAMED", "Architecture", "Compiled", "Exchange", "Plan", "plan"]
 
@@ -49,7 +53,7 @@ class Plan:
     tokens_per_forward: float  # of a row; assumed
     fits: bool
     largest_batch: int  # at this context; 0: none
-    largest_context: int  # at this batch, in steps of 1024; 0: none
+    largest_context: int  # at this batch, in steps of 1,024; 0: none
 
     @property
     def estimate(self) -> int:
@@ -91,6 +95,7 @@ def plan(
     recipe: str | None = None,
     dtype: str = "bfloat16",
     cache_dtype: str | None = None,
+    accumulate: int = 1,
     tokens_per_forward: float | None = None,
     effort: str = "low",
     compiling: bool = True,
@@ -109,23 +114,25 @@ def plan(
       mesh: the size of each axis, of data, fsdp, expert, context and tensor; None suits the model.
       recipe: None is the one that the model is published with.
       dtype: of activations, cache and (but in training) weights.
-      cache_dtype: of the cache, in closed form alone.
+      cache_dtype: of the cache: "int8" with its scales, or as activations by default.
+      accumulate: parts of a batch that are trained on one after the other.
       tokens_per_forward: that a row writes in a pass; None is what is reported for the model, or 1.
-      effort: "low" compiles in seconds what "full" compiles as for a run.
+      effort: "low" compiles in seconds what "full" compiles as for a run. The largest batch and
+        context follow from the compiled peak and the closed form; "full" compiles them too.
       compiling: False answers in closed form.
       told: is called with what is being done.
 
     Raises:
       FileNotFoundError, ValueError: no such model, topology, mesh, mode or recipe.
     """
-    own = _topology(topology)
+    own = topology_of(topology)
     asked = setting(
         model, mode, batch=batch, context=context, block=block, recipe=recipe, dtype=dtype,
-        tokens_per_forward=tokens_per_forward,
+        cache_dtype=cache_dtype, accumulate=accumulate, tokens_per_forward=tokens_per_forward,
     )  # fmt: skip
     sizes = layout(own, mesh, default_layout(asked.config, mode, own, batch))
-    memory = memory_of(asked, sizes, cache_dtype)
-    compiled, reason = None, _reason(own, compiling, cache_dtype)
+    memory = memory_of(asked, sizes)
+    compiled, reason, devices = None, _reason(own, compiling), None
     fits = sum(memory.values()) <= own.chip.hbm
     if reason is None:
         told(f"compiling {mode} of {model} for {own.name}")
@@ -138,12 +145,24 @@ def plan(
     # What the compiler holds beyond the closed form is taken to grow as that does.
     extra = compiled.peak / sum(memory.values()) if compiled else 1.0
 
-    def held(batch: int = batch, context: int = context) -> float:
-        changed = dataclasses.replace(asked, batch=batch, context=context)
-        return extra * sum(memory_of(changed, sizes, cache_dtype).values())
+    def changed(batch: int = batch, context: int = context) -> Setting:
+        return dataclasses.replace(asked, batch=batch, context=context)
+
+    def fitting(step: int, other: Callable[[int], Setting]) -> int:
+        """The most that fits, in so many steps; full effort compiles it."""
+        needs = lambda n: extra * sum(memory_of(other(n * step), sizes).values())  # noqa: E731
+        found = _most(needs, own.chip.hbm) * step
+        if effort != "full" or devices is None or compiled is None:
+            return found
+        told(f"compiling the most that fits, about {found:,}")
+        return _confirmed(
+            found, step, lambda n: _compiles(program(other(n), devices), devices, effort)
+        )
 
     work = work_of(asked, sizes)
     step = math.prod(sizes[axis] for axis in ("data", "fsdp", "expert"))
+    rows = fitting(step, lambda n: changed(batch=n))
+    length = fitting(_LENGTHS, lambda n: changed(context=n))
     return Plan(
         model=model, topology=own.name, devices=own.devices,
         mesh={axis: size for axis, size in sizes.items() if size > 1}, mode=mode,
@@ -152,24 +171,24 @@ def plan(
         param_dtype=asked.config.param_dtype, parameters=roofline.parameters(asked.config),
         memory=memory, limit=int(own.chip.hbm), compiled=compiled, reason=reason, work=work,
         time=roofline.time_of(work, own.chip), tokens_per_forward=asked.tokens_per_forward,
-        fits=fits,
-        largest_batch=_most(lambda n: held(batch=n * step), own.chip.hbm) * step,
-        largest_context=_most(lambda n: held(context=n * 1024), own.chip.hbm) * 1024,
+        fits=fits, largest_batch=rows, largest_context=length,
     )  # fmt: skip
 
 
-def _topology(name: str) -> Topology:
-    return topology(name)
+def _compiles(planned: Planned, devices: Mesh, effort: str) -> bool:
+    try:
+        compile_program(planned, devices, effort=effort)
+    except TooLarge:
+        return False
+    return True
 
 
-def _reason(own: Topology, compiling: bool, cache_dtype: str | None) -> str | None:
+def _reason(own: Topology, compiling: bool) -> str | None:
     """Why a program is not compiled, if it is not."""
     if not compiling:
         return "not asked for"
     if not own.is_tpu:
         return "programs are compiled for TPUs alone"
-    if cache_dtype is not None:
-        return f"a cache in {cache_dtype} is planned in closed form alone"
     if not has_compiler("tpu"):
         return "the TPU compiler is not installed: pip install 'dllm-jax[aot]'"
     return None
@@ -186,3 +205,12 @@ def _most(needs: Callable[[int], float], room: float) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if needs(middle) <= room else (low, middle)
     return low
+
+
+def _confirmed(found: int, step: int, compiles: Callable[[int], bool]) -> int:
+    """The number, or the first of a few smaller ones, that the compiler takes; 0: none."""
+    for share in (100, 95, 90, 80, 60):
+        number = found * share // 100 // step * step
+        if number and compiles(number):
+            return number
+    return 0

@@ -1,6 +1,7 @@
 """A program through the real compiler: what it holds, moves and sends on each chip."""
 
 import math
+import re
 import time
 from collections import Counter
 from typing import Any, NamedTuple
@@ -63,7 +64,7 @@ def compile_program(planned: Planned, mesh: Mesh, *, effort: str = "low") -> Com
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise TooLarge(str(error)) from error
+        raise TooLarge(_said(str(error))) from error
     memory, text = program.memory_analysis(), program.as_text() or ""
     assert memory is not None
     found = collectives(text, otherwise=1)
@@ -79,6 +80,13 @@ def compile_program(planned: Planned, mesh: Mesh, *, effort: str = "low") -> Com
         moved=sum(x.total for x in traffic(text, otherwise=1)),
         seconds=time.monotonic() - start,
     )
+
+
+def _said(words: str) -> str:
+    """The sentences of a refusal that say how much there is, and how much is asked for."""
+    sentences = re.split(r"(?<=[.!]) +|\n+", words)
+    told = [s.strip() for s in sentences if re.search(r"\d[GMK]\b", s)]
+    return " ".join(told[:3]) or words[:300]
 
 
 def size_of(tree: Any) -> int:

@@ -21,12 +21,7 @@ from dllm_jax.losses import DualStream
 from dllm_jax.nn.tree import param_axes, param_shapes
 from dllm_jax.plan.setting import Setting
 from dllm_jax.recipes import Verified
-from dllm_jax.sharding import Rules, shardings
-
-RULES = Rules(
-    batch=("data", "fsdp", "expert"), vocab="tensor", heads="tensor", kv_heads="tensor",
-    ffn="tensor", embed="fsdp", expert="expert",
-)  # fmt: skip
+from dllm_jax.sharding import shardings
 
 
 class Planned(NamedTuple):
@@ -80,14 +75,12 @@ def _prefill(setting: Setting, mesh: Mesh) -> Planned:
         state, recipe = _initial(model, call), call.recipe
         width = call.prompt.tokens.shape[1]
         if isinstance(recipe, Verified):
-            new = verify.first_steps(model, own, recipe, call.keys, state, width, call.memory.chunk)
+            new = verify.first_steps(model, own, recipe, call.keys, state, width, call.memory)
         elif recipe.cache in ("none", "prefix", "dual"):
             rows = ~state.finished
             new = denoise.step(model, own, recipe, call.keys, state, rows, wide=True)
         else:
-            new = denoise.first_steps(
-                model, own, recipe, call.keys, state, width, call.memory.chunk
-            )
+            new = denoise.first_steps(model, own, recipe, call.keys, state, width, call.memory)
         return jax.tree.leaves(new)
 
     return Planned(first, {"params": params.leaves, "job": job.leaves})
@@ -101,7 +94,7 @@ def _train(setting: Setting, mesh: Mesh) -> Planned:
     tx = training.Optimiser().build(1000)
     trainable, frozen = (_params(setting, mesh, own) for own in (names, rest))
     moments = _like(setting, mesh, trainable, tx)
-    run = training.make_train_step(model, objective(setting), tx)
+    run = training.make_train_step(model, objective(setting), tx, accumulate=setting.accumulate)
     rows, numbers = (setting.batch, setting.context), (setting.batch,)
     kinds = {"tokens": rows, "lengths": numbers, "prompts": numbers}
     batch = _flat(
@@ -149,7 +142,7 @@ class Flat(NamedTuple):
 def _params(setting: Setting, mesh: Mesh, names: tuple[str, ...] | None = None) -> Flat:
     """Those parameters (all by default) where the rules place them."""
     shapes = param_shapes(setting.config)
-    places = shardings(param_axes(setting.config), mesh, RULES, shapes=shapes)
+    places = shardings(param_axes(setting.config), mesh, shapes=shapes)
     own = tuple(shapes) if names is None else names
     pairs = ({name: tree[name] for name in own} for tree in (shapes, places))
     placed = jax.tree.map(
@@ -188,11 +181,11 @@ def _flat(setting: Setting, mesh: Mesh, make: Callable[[], Any]) -> Flat:
 
     def place(x):
         names: list[str | None] = [None] * x.ndim
-        if x.ndim >= 5:
+        if x.ndim == 5 or x.ndim == 4:  # a cache's keys and values, or their scales
             names[1:3] = "batch", "kv_heads"
         elif x.ndim and x.shape[0] in (setting.batch, 2 * setting.batch):
             names[0] = "batch"
-        spec = shardings(tuple(names), mesh, RULES, shapes=x)
+        spec = shardings(tuple(names), mesh, shapes=x)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spec)
 
     leaves = [place(x) for x in jax.eval_shape(made)]
@@ -218,8 +211,8 @@ def _job(setting: Setting, mesh: Mesh) -> Flat:
 def _call(setting: Setting, given: Any) -> Job:
     """The job of a prompt as long as the context."""
     chunk = chunk_of(setting.recipe, setting.config, setting.context, None)
-    return Job._make((*given, setting.context, Memory(chunk)))
+    return Job._make((*given, setting.context, Memory(chunk, setting.cache_dtype)))
 
 
 def _initial(model, job: Job):
-    return initial(model, job.prompt, job.recipe, job.budget, job.keys, job.size)
+    return initial(model, job.prompt, job.recipe, job.budget, job.keys, job.size, job.memory)

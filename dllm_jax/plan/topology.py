@@ -9,10 +9,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from dllm_jax.roofline import CHIPS, Chip
+from dllm_jax.sharding import AXES
 from dllm_jax.testing.aot import has_compiler, tpu_topology
-
-AXES = ("data", "fsdp", "expert", "context", "tensor")
-"""Of a mesh, the neighbours last."""
 
 
 class Topology(NamedTuple):
@@ -31,7 +29,7 @@ class Topology(NamedTuple):
         return self.chip.name.startswith("v")
 
 
-def topology(name: str) -> Topology:
+def topology_of(name: str) -> Topology:
     """A topology by its name: "v5e:16x16", "v5p:4x8x8", "v7x:2x2x1", or GPUs by number, "h100:8".
 
     Raises:

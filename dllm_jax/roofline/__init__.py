@@ -19,11 +19,11 @@ from dllm_jax.roofline.cost import (
     time_of,
     train_work,
 )
-from dllm_jax.roofline.memory import decode_memory, prefill_memory, train_memory
+from dllm_jax.roofline.memory import decode_memory, train_memory
 from dllm_jax.roofline.sizes import Parameters, cache_bytes, parameters
 
 __all__ = [
     "CHIPS", "Chip", "Parameters", "Pass", "Time", "Work", "cache_bytes", "decode_memory",
-    "decode_pass", "forward_work", "parameters", "prefill_memory", "prefill_pass", "time_of",
+    "decode_pass", "forward_work", "parameters", "prefill_pass", "time_of",
     "train_memory", "train_work",
 ]  # fmt: skip

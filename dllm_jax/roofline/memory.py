@@ -7,6 +7,8 @@ import jax.numpy as jnp
 
 from dllm_jax.roofline.sizes import attentions, cache_bytes, parts, rows
 
+_TILE = 512  # queries, and keys, in `pallas_kernels.block_attention`
+
 
 def decode_memory(
     config: Any,
@@ -16,42 +18,53 @@ def decode_memory(
     slots: int,
     entries: int,
     cache_dtype: str | None = None,
+    kept: bool = True,
 ) -> dict[str, int]:
-    """Of a pass over `entries` positions a row, behind a cache of `slots` a row."""
+    """Of a pass over `entries` positions a row, behind a cache of `slots` a row.
+
+    Args:
+      kept: the keys and values of the entries are cached after it.
+    """
     return {
         "weights": weights(config, layout),
         "cache": cache_bytes(config, layout, batch, slots, cache_dtype),
-        "activations": activations(config, layout, batch, entries),
+        "activations": activations(config, layout, batch, entries, kept=kept),
     }
-
-
-def prefill_memory(
-    config: Any, layout: Mapping[str, int], *, batch: int, slots: int, entries: int
-) -> dict[str, int]:
-    """Of a pass over a prompt of `entries` tokens a row, which fills a cache of `slots`."""
-    return decode_memory(config, layout, batch=batch, slots=slots, entries=entries)
 
 
 def train_memory(
-    config: Any, layout: Mapping[str, int], *, batch: int, length: int
+    config: Any, layout: Mapping[str, int], *, batch: int, length: int, accumulate: int = 1
 ) -> dict[str, int]:
     """Of a step of AdamW on the dual stream, each layer computed again in the backward pass.
 
-    Moments and gradients are of the parameters' dtype; the inputs of every layer are saved, and
-    the keys and values of the clean stream.
+    Moments and gradients are of the parameters' dtype; where there is an adapter, of the adapter
+    alone. The inputs of every layer are saved, and the keys and values of the clean stream, which
+    the backward pass reads in another layout, and has gradients of. What noisy entries make of them
+    is computed in tiles of queries and keys.
     """
-    held = weights(config, layout)
-    row = rows(layout, batch)
+    held = parts(config, layout)
+    adapted = getattr(config, "adapter", None) is not None
+    trained = sum(p.held * p.size for p in held if not adapted or p.path[0] == "adapter")
+    batch = batch // accumulate
+    tokens = rows(layout, batch) * length // layout.get("context", 1)
     item = jnp.dtype(config.dtype).itemsize
-    saved = 2 * row * length // layout.get("context", 1) * config.dim * config.num_layers * item
+    streams = 1 if adapted else 2  # with a gradient: masks alone feel an adapter
     return {
-        "weights": held,
-        "optimiser": 2 * held,
-        "gradients": held,
-        "cache": cache_bytes(config, layout, batch, length),
-        "saved": saved,
-        "activations": activations(config, layout, batch, length),
+        "weights": sum(p.held * p.size for p in held),
+        "optimiser": 2 * trained,
+        "gradients": trained * streams,
+        "cache": (1 + streams) * cache_bytes(config, layout, batch, length),
+        "saved": streams * tokens * config.dim * config.num_layers * item,
+        "activations": activations(config, layout, batch, length, kept=False),
+        "scores": scores(config, layout, batch, length),
     }
+
+
+def scores(config: Any, layout: Mapping[str, int], batch: int, length: int) -> int:
+    """Tiles of scores in the gradient of attention over a cache: three in float32, and one cast."""
+    tile = min(length, _TILE)
+    heads = max(k.heads for k in attentions(config, layout))
+    return rows(layout, batch) * heads * tile * tile * (3 * 4 + jnp.dtype(config.dtype).itemsize)
 
 
 def weights(config: Any, layout: Mapping[str, int]) -> int:
@@ -59,24 +72,25 @@ def weights(config: Any, layout: Mapping[str, int]) -> int:
     return sum(part.held * part.size for part in parts(config, layout))
 
 
-def activations(config: Any, layout: Mapping[str, int], batch: int, entries: int) -> int:
+def activations(
+    config: Any, layout: Mapping[str, int], batch: int, entries: int, *, kept: bool = True
+) -> int:
     """What a pass has beside its arguments at its peak, which is within a layer.
 
-    Hidden states, the layer's feed-forward states, and the entries' own keys and values of all
-    layers, which are stacked before they are packed.
+    Hidden states, what the layer makes of them, and the entries' own keys and values of all layers,
+    which are stacked before they are packed. Tokens of experts lie once for each expert that they
+    chose, before and behind it, and those of all rows of the `expert` axis on each of its devices.
+
+    Args:
+      kept: the keys and values are cached after the pass.
     """
     item = jnp.dtype(config.dtype).itemsize
     tokens = rows(layout, batch) * entries // layout.get("context", 1)
     own = attentions(config, layout)
-    fresh = sum(k.layers * k.kv_heads * 2 * k.size for k in own)
+    fresh = sum(k.layers * k.kv_heads * 2 * k.size for k in own) if kept else 0
     heads = max((k.heads + 2 * k.kv_heads) * k.size for k in own)
-    inner = 3 * inner_width(config, layout)
-    return tokens * (2 * fresh + 4 * config.dim + max(heads, inner)) * item
-
-
-def inner_width(config: Any, layout: Mapping[str, int]) -> int:
-    """Feed-forward width of a layer for one token on one device: dense, shared, of its experts."""
-    sizes = config.sizes()
-    routed = getattr(config, "moe", None) or config
-    experts = getattr(routed, "experts_per_token", 0) * sizes.get("f", 0)
-    return (sizes.get("F", 0) + sizes.get("s", 0) + experts) // layout.get("tensor", 1)
+    sizes, routed = config.sizes(), getattr(config, "moe", None) or config
+    dense = (sizes.get("F", 0) + sizes.get("s", 0)) // layout.get("tensor", 1)
+    chosen = getattr(routed, "experts_per_token", 0) * layout.get("expert", 1)
+    mixed = chosen * 2 * config.dim
+    return tokens * (2 * fresh + 4 * config.dim + max(heads, 3 * dense, mixed)) * item

@@ -9,14 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from dllm_jax.sharding import Rules, shardings
-
-AXES = ("data", "fsdp", "expert", "context", "tensor")
-
-RULES = Rules(
-    batch=("data", "fsdp", "expert"), vocab="tensor", heads="tensor", kv_heads="tensor",
-    ffn="tensor", embed="fsdp", expert="expert",
-)  # fmt: skip
+from dllm_jax.sharding import AXES, shardings
 
 
 class Parameters(NamedTuple):
@@ -110,8 +103,9 @@ def cache_bytes(
     total = 0
     for own in attentions(config, layout):
         half = own.size if own.size < 64 else -(-own.size // 64) * 64
-        total += own.layers * own.kv_heads * 2 * half
-    return rows(layout, batch) * slots * total * item
+        scales = 8 if item == 1 else 0  # of keys and of values, in float32
+        total += own.layers * own.kv_heads * (2 * half * slots * item + scales)
+    return rows(layout, batch) * total
 
 
 def rows(layout: Mapping[str, int], batch: int) -> int:
@@ -147,5 +141,5 @@ def _mesh(layout: Mapping[str, int], axes: tuple[str, ...]) -> AbstractMesh:
 def _local(config: Any, mesh: AbstractMesh) -> list[int]:
     entries = [entry for _, entry in _entries(config)]
     shapes = [jax.ShapeDtypeStruct(e.shape, jnp.int8) for e in entries]
-    places = shardings([e.axes for e in entries], mesh, RULES, shapes=shapes)
+    places = shardings([e.axes for e in entries], mesh, shapes=shapes)
     return [math.prod(p.shard_shape(s.shape)) for p, s in zip(places, shapes, strict=True)]

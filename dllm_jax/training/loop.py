@@ -108,7 +108,7 @@ def fit(
     first, alone = distributed.is_first(), jax.process_count() == 1
     with scope(params), records.interrupts() as interrupted:
         state = _restore(folder, state, data, numbers)
-        done = int(state.step)
+        done = began = int(state.step)
 
         def stop() -> bool:
             if not alone and done % config.log_every:
@@ -123,7 +123,10 @@ def fit(
         ):
             while done < config.steps and not stop():
                 start = time.perf_counter()
-                state, figures = step(state, params, feed.place(next(data)), key)
+                given = feed.place(next(data))
+                if done == began:
+                    distributed.compile_together(step, state, params, given, key)
+                state, figures = step(state, params, given, key)
                 done += 1
                 if done % config.log_every == 0 or done == config.steps:
                     figures = {name: float(v) for name, v in jax.device_get(figures).items()}
@@ -159,15 +162,13 @@ def evaluate(
     data = batches(source, batch=batch, length=length, pad_id=pad_id, seed=seed, rows=feed.rows)
     count = max(1, min(limit, len(source)) // batch)
     key = jax.random.key(seed)
+    measure, rows = partial(_figures, model, objective), []
     with scope(params):
-        rows = [
-            jax.device_get(
-                _figures(
-                    model, objective, params, feed.place(next(data)), jax.random.fold_in(key, i)
-                )
-            )
-            for i in range(count)
-        ]
+        for i in range(count):
+            given = params, feed.place(next(data)), jax.random.fold_in(key, i)
+            if i == 0:
+                distributed.compile_together(measure, *given)
+            rows.append(jax.device_get(measure(*given)))
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 
@@ -267,6 +268,7 @@ def _save(saver: checkpoints.Saver, step: int, state: TrainState, data, numbers)
 def _restore(folder: Path | str, state: TrainState, data, numbers: dict[str, int]) -> TrainState:
     """The newest readable checkpoint, with `data` set to its position; else the given state."""
     target = jax.tree.map(checkpoints.target_of, _as_dict(state))
+    checkpoints.check_shared(folder)
     advice = "; continue it with the settings it was started with, or choose another folder"
 
     def load(path, step: int) -> tuple[Params, dict[str, Any]]:

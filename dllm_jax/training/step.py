@@ -1,7 +1,6 @@
 """One training step: what it changes, its gradient in parts, and the optimiser."""
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -63,7 +62,7 @@ def make_train_step(
     tx: optax.GradientTransformation,
     *,
     accumulate: int = 1,
-) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+) -> partial[tuple[TrainState, dict[str, jax.Array]]]:
     """A jitted `step(state, params, batch, key) -> (state, figures)`; `state` is donated.
 
     `params` are all parameters; those that `state.trainable` holds are taken from the state. The
