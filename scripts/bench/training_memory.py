@@ -124,8 +124,7 @@ def page(held: dict) -> str:
         "",
         "`scripts/bench/training_memory.py`: temporary bytes of the compiled step, beside"
         " parameters and optimiser; the dual stream of SmolLM2's shape, every parameter trained."
-        " TPU programs are compiled with little effort. The CPU's compiler drops the order that"
-        " `phases=2` asks for, so that it saves nothing there.",
+        " TPU programs are compiled with little effort. On the CPU `phases=2` saves nothing.",
     ]
     for chip, part in held.items():
         text += [
