@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from functools import partial
 
 import jax
@@ -14,7 +15,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from dllm_jax import recipes
 from dllm_jax.cache import _ROOM, allocate, append, cut
-from dllm_jax.decode.generate import Prompt, _generate, generate, infill, pad, stream
+from dllm_jax.decode.generate import Prompt, _generate, _start, generate, infill, pad, stream
 from dllm_jax.decode.prefill import CHUNK
 from dllm_jax.decode.prompt import edge
 from dllm_jax.models.folders import _from_json, _to_json
@@ -22,11 +23,12 @@ from dllm_jax.models.registry import family
 from dllm_jax.nn.dit import DiTConfig
 from dllm_jax.nn.gemma import GemmaConfig
 from dllm_jax.nn.head import logits_of
-from dllm_jax.nn.transformer import forward
+from dllm_jax.nn.transformer import TransformerConfig, forward
 from dllm_jax.nn.tree import param_shapes
 from dllm_jax.ops.rope import RopeScaling, rope_angles
 from dllm_jax.policies import Guidance
 from dllm_jax.testing import tiny
+from dllm_jax.testing.aot import compile_for, temporary_bytes
 from pallas_kernels.block_attention.quantised import dequantise
 
 # Positions
@@ -420,7 +422,7 @@ SHARED = {
     "sliding": recipes.block_diffusion(block_size=4, threshold=0.3, temperature=0.9),
     "sdar": recipes.sdar(block_size=4, temperature=0.9),
     "fast_dllm_v2": recipes.fast_dllm_v2(block_size=8, temperature=0.9),
-    "bd3lm": recipes.bd3lm(block_size=4),
+    "bd3lm": recipes.bd3lm(block_size=4, temperature=4.0),
 }
 
 
@@ -454,7 +456,7 @@ def test_a_shared_prompt_is_stored_once():
 
     prefix, own = jax.eval_shape(made)
     assert prefix.shape == (2, 2, 2, 32, 16)
-    assert own.shape == (2, 16, 2, 65, 16)  # a bucket of 64 for the answer
+    assert own.shape == (2, 16, 2, 96, 16)  # a bucket of 64 for the answer, and one entry
     assert {x.dtype.name for x in jax.eval_shape(partial(made, cache_dtype="int8"))} == {"int8"}
 
 
@@ -537,7 +539,39 @@ def test_nothing_has_a_side_for_the_text_and_one_for_keys_or_tokens(recipe, more
     )(model, params, job.prompt, job.recipe, job.budget, None)
     shapes = {shape for shape in arrays(program.jaxpr)}
     largest = max(math.prod(shape) for shape in shapes)
-    slots = job.size + 64
+    slots = job.size + 96
     assert largest <= max(2 * slots * 16, vocab * 128), max(shapes, key=math.prod)
     assert largest < length * 128 / 2
     assert any(CHUNK in shape for shape in shapes)
+
+
+@pytest.mark.slow
+@pytest.mark.aot("tpu")
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_a_prompt_of_131072_tokens_compiles_for_a_tpu(dtype):
+    """Two layers of an 8B shape: the kernels run, the cache is copied nowhere, and what the
+    prefill holds beside it is a chunk's.
+    """
+    length = 131_072
+    config = TransformerConfig(
+        vocab_size=32_000, num_layers=2, dim=4096, num_heads=32, num_kv_heads=8, head_dim=128,
+        ffn_dim=14_336, max_length=2 * length, dtype="bfloat16", param_dtype="bfloat16",
+    )  # fmt: skip
+    model = config.build()
+
+    def run(params, tokens, lengths):
+        job = edge(model, Prompt(tokens, lengths), recipes.ar(), 64, None, None, dtype)
+        state = _start(
+            model, params, job.prompt, job.recipe, job.budget, None, None, size=job.size,
+            memory=job.memory,
+        )  # fmt: skip
+        return state.tokens, state.cache
+
+    ids, ends = (jax.ShapeDtypeStruct(x, jnp.int32) for x in ((1, length), (1,)))
+    program = compile_for("v5p", run, param_shapes(config), ids, ends)
+    text = program.as_text()
+    assert "tpu_custom_call" in text
+    copied = re.findall(r"= \w+\[2,1,8,(\d+),256\]\S* copy\(", text)
+    assert not copied, copied
+    states = CHUNK * 3 * config.ffn_dim * 2  # of a feed-forward, in bytes
+    assert temporary_bytes(program) < 2 * states

@@ -150,7 +150,7 @@ def edge(
     ):  # what ends a turn is a token like any other
         recipe = dataclasses.replace(recipe, ending="never")
     recipe.sampling.check()
-    _check_samples(recipe, config, samples)
+    _check_samples(recipe, config, samples, prompt.free is not None)
     keys = _keys(key, batch * samples, recipe)
     room = -(-budget // BUCKET) * BUCKET
     if isinstance(recipe, Denoise) and not recipe.width.size:
@@ -185,12 +185,14 @@ def _is_exact(recipe: Recipe, config) -> bool:
     return not canvas and config.attention != "bidirectional"
 
 
-def _check_samples(recipe: Recipe, config, samples: int) -> None:
+def _check_samples(recipe: Recipe, config, samples: int, infilling: bool) -> None:
     if not (isinstance(samples, int | np.integer) and samples > 0):
         raise ValueError(f"samples={samples} must be a whole number, at least 1")
     if samples == 1:
         return
-    if not _is_exact(recipe, config):
+    if infilling:
+        reason = "what is filled in has text behind it"
+    elif not _is_exact(recipe, config):
         reason = "the prompt is read again with each canvas behind it"
     elif hasattr(config, "window"):
         reason = "its layers with a window read no shared prompt"

@@ -73,7 +73,8 @@ def initial(
         parts["drafts"] = jnp.zeros((batch, recipe.width), jnp.int32)
     cache = KVCache((), jnp.zeros(rows, jnp.int32))
     if slots:
-        cache = model.cache(rows, width if memory.samples > 1 else slots, memory.cache_dtype)
+        slots = _whole_tiles(width) if memory.samples > 1 else slots
+        cache = model.cache(rows, slots, memory.cache_dtype)
     zeros = jnp.zeros(batch, jnp.int32)
     empty = {
         "carry": jnp.zeros((0, 0, 0)),

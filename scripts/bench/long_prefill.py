@@ -18,6 +18,7 @@ import resource
 import subprocess
 import time
 from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ class Options:
     length: int = 32_768
     """Tokens of the prompt that is answered."""
     chunk: int = 2048
-    lengths: tuple[int, ...] = (8192, 16_384, 32_768)
+    lengths: tuple[int, ...] = (32_768, 16_384, 8192)
     """Of the prompts whose programs are compiled."""
 
 
@@ -51,17 +52,6 @@ def main(options: Options) -> None:
     same = bool((found[0]["tokens"] == found[1]["tokens"]).all())
     differences = {name: float(np.abs(found[0][name] - found[1][name]).max())
                    for name in ("cache", "logprobs")}  # fmt: skip
-    rows = []
-    for length in options.lengths:
-        rows.append({
-            "length": length,
-            "in chunks": apart(compiled, length, options.chunk),
-            "whole": apart(compiled, length, 0),
-            "scores formed": apart(compiled, length, 0, True),
-        })  # fmt: skip
-        print(rows[-1], flush=True)
-    import jax
-
     report = {
         "length": options.length,
         "chunk": options.chunk,
@@ -69,18 +59,26 @@ def main(options: Options) -> None:
         "sides": sides,
         "tokens_equal": same,
         "differences": differences,
-        "rows": rows,
-        "jax": jax.__version__,
+        "rows": [],
         "cores": os.cpu_count(),
         "load": os.getloadavg(),
+        "jax": version("jax"),
         "date": time.strftime("%Y-%m-%d"),
         "commit": subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
         ).stdout.strip(),
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    options.out.with_suffix(".md").write_text(markdown(report))
+    for length in options.lengths:
+        report["rows"].append({
+            "length": length,
+            "in chunks": apart(compiled, length, options.chunk),
+            "whole": apart(compiled, length, 0),
+            "scores formed": apart(compiled, length, 0, True),
+        })  # fmt: skip
+        print(report["rows"][-1], flush=True)
+        options.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+        options.out.with_suffix(".md").write_text(markdown(report))
 
 
 def apart(function, *args):
