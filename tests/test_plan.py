@@ -12,7 +12,7 @@ from dllm_jax.bench.collectives import collectives
 from dllm_jax.cli import main
 from dllm_jax.nn.transformer import TransformerConfig
 from dllm_jax.plan import NAMED, plan
-from dllm_jax.plan.topology import default_layout, layout, topology_of
+from dllm_jax.plan.topology import default_layouts, layout, topology_of
 
 
 def test_collectives_of_a_program_that_is_known():
@@ -70,14 +70,17 @@ def test_topologies():
 
 def test_meshes():
     flash, own = NAMED["llada2-flash-100b"].config, topology_of("v6e:8x8")
-    found = default_layout(flash, "decode", own, 64)
+    (found,) = default_layouts(flash, "decode", own, 64)
     assert found == {"data": 1, "expert": 16, "tensor": 4}
-    assert layout(own, None, found)["context"] == 1
-    assert default_layout(flash, "train", topology_of("v5e:16x16"), 256)["fsdp"] == 16
+    assert layout(own, found)["context"] == 1
+    assert layout(own, {"fsdp": 64})["fsdp"] == 64
+    trained = default_layouts(flash, "train", topology_of("v5e:16x16"), 256)
+    assert {"fsdp": 16, "expert": 16, "tensor": 1} in trained
+    assert all(x["fsdp"] * x["expert"] * x["tensor"] == 256 for x in trained)
     with pytest.raises(ValueError, match="not the 64 devices"):
-        layout(own, {"tensor": 4}, found)
+        layout(own, {"tensor": 4})
     with pytest.raises(ValueError, match=r"\['rows'\] are none of"):
-        layout(own, {"rows": 64}, found)
+        layout(own, {"rows": 64})
 
 
 def test_a_plan_in_closed_form():

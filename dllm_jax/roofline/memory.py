@@ -1,5 +1,6 @@
 """What a program holds on one device, in closed form: bytes by role."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,7 +41,8 @@ def train_memory(
     Moments and gradients are of the parameters' dtype; where there is an adapter, of the adapter
     alone. The inputs of every layer are saved, and the keys and values of the clean stream, which
     the backward pass reads in another layout, and has gradients of. What noisy entries make of them
-    is computed in tiles of queries and keys.
+    is computed in tiles of queries and keys. Over `fsdp`, the largest of what is gathered at once:
+    a layer, or the vocabulary.
     """
     held = parts(config, layout)
     adapted = getattr(config, "adapter", None) is not None
@@ -57,6 +59,7 @@ def train_memory(
         "saved": streams * tokens * config.dim * config.num_layers * item,
         "activations": activations(config, layout, batch, length, kept=False),
         "scores": scores(config, layout, batch, length),
+        "gathered": gathered(config, layout),
     }
 
 
@@ -65,6 +68,16 @@ def scores(config: Any, layout: Mapping[str, int], batch: int, length: int) -> i
     tile = min(length, _TILE)
     heads = max(k.heads for k in attentions(config, layout))
     return rows(layout, batch) * heads * tile * tile * (3 * 4 + jnp.dtype(config.dtype).itemsize)
+
+
+def gathered(config: Any, layout: Mapping[str, int]) -> int:
+    """The largest weights that are used as a whole and lie in pieces: of a layer, or one array."""
+    if layout.get("fsdp", 1) == 1:
+        return 0
+    sizes: Counter[str] = Counter()
+    for part in parts(config, layout):
+        sizes[part.path[0]] += part.used * part.size // part.layers
+    return max(sizes.values())
 
 
 def weights(config: Any, layout: Mapping[str, int]) -> int:
