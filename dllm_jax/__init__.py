@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dllm_jax import (
         corruption,
         data,
+        distributed,
         evaluation,
         likelihood,
         losses,
@@ -63,8 +64,8 @@ _NAMES = {
 }
 _HOME = {name: room for room, names in _NAMES.items() for name in names}
 _ROOMS = (
-    "corruption", "data", "evaluation", "likelihood", "losses", "policies", "recipes", "sharding",
-    "training",
+    "corruption", "data", "distributed", "evaluation", "likelihood", "losses", "policies",
+    "recipes", "sharding", "training",
 )  # fmt: skip
 
 __all__ = [
@@ -78,6 +79,7 @@ __all__ = [
     "convert",
     "corruption",
     "data",
+    "distributed",
     "evaluation",
     "export",
     "generate",

@@ -19,6 +19,7 @@ from dllm_jax.decode.generate import generate, infill, stream
 from dllm_jax.decode.state import result
 from dllm_jax.likelihood import bound, log_likelihood
 from dllm_jax.nn.head import cross_entropy_of, logits_of, scores_of, stats_of
+from dllm_jax.nn.transformer import forward
 from dllm_jax.nn.tree import param_axes, param_shapes
 from dllm_jax.ops.attention import attention
 from dllm_jax.ops.embedding import lookup

@@ -12,7 +12,7 @@ from dllm_jax.bench.collectives import collectives
 from dllm_jax.cli import main
 from dllm_jax.nn.transformer import TransformerConfig
 from dllm_jax.plan import NAMED, plan
-from dllm_jax.plan.topology import default_layout, layout, topology_of
+from dllm_jax.plan.topology import default_layouts, layout, topology_of
 
 
 def test_collectives_of_a_program_that_is_known():
@@ -70,14 +70,17 @@ def test_topologies():
 
 def test_meshes():
     flash, own = NAMED["llada2-flash-100b"].config, topology_of("v6e:8x8")
-    found = default_layout(flash, "decode", own, 64)
+    (found,) = default_layouts(flash, "decode", own, 64)
     assert found == {"data": 1, "expert": 16, "tensor": 4}
-    assert layout(own, None, found)["context"] == 1
-    assert default_layout(flash, "train", topology_of("v5e:16x16"), 256)["fsdp"] == 16
+    assert layout(own, found)["context"] == 1
+    assert layout(own, {"fsdp": 64})["fsdp"] == 64
+    trained = default_layouts(flash, "train", topology_of("v5e:16x16"), 256)
+    assert {"fsdp": 16, "expert": 16, "tensor": 1} in trained
+    assert all(x["fsdp"] * x["expert"] * x["tensor"] == 256 for x in trained)
     with pytest.raises(ValueError, match="not the 64 devices"):
-        layout(own, {"tensor": 4}, found)
+        layout(own, {"tensor": 4})
     with pytest.raises(ValueError, match=r"\['rows'\] are none of"):
-        layout(own, {"rows": 64}, found)
+        layout(own, {"rows": 64})
 
 
 def test_a_plan_in_closed_form():
@@ -146,7 +149,9 @@ TINY = TransformerConfig(
 
 
 @pytest.mark.aot("tpu")
-@pytest.mark.parametrize("mode", ["decode", "prefill", "train"])
+@pytest.mark.parametrize(
+    "mode", ["decode", "prefill", pytest.param("train", marks=pytest.mark.slow)]
+)
 def test_a_plan_that_is_compiled(mode: str, monkeypatch):
     own = NAMED["sdar-8b"]._replace(config=TINY, block=16)
     monkeypatch.setitem(NAMED, "tiny", own)
@@ -161,3 +166,20 @@ def test_a_plan_that_is_compiled(mode: str, monkeypatch):
     assert compiled.peak > sum(compiled.arguments.values())
     kinds = {x.kind: x for x in compiled.exchanges}
     assert kinds["all-reduce"].count >= 2 * TINY.num_layers
+
+
+@pytest.mark.aot("tpu")
+def test_closed_forms_are_the_compilers():
+    """Of a model of 8B over eight chips: what each holds, and what it sends."""
+    found = plan("llada-8b", "v5e:2x4", batch=8, context=4096)
+    assert found.estimate == pytest.approx(found.peak, rel=0.02)
+    sent = sum(x.bytes for x in found.compiled.exchanges)
+    assert found.work.sent == pytest.approx(sent, rel=0.01)
+
+
+@pytest.mark.aot("tpu")
+def test_what_does_not_fit_is_refused_in_the_compilers_words():
+    found = plan("sdar-8b", "v5e:1x1", batch=8, context=4096)
+    assert not found.fits
+    assert found.compiled is None
+    assert "15.75G" in found.reason

@@ -121,5 +121,9 @@ if __name__ == "__main__":
         event = (4 * own + 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
     if what == "fail" and last:
         event = (2, lambda: 1 / 0)
+    if what == "apart":  # hosts that share no disk
+        run = run / str(jax.process_index()) / "run"
+        run.parent.mkdir(parents=True)
+        write(run.parent)
     state = fit(run, mesh, event)
     print(f"{place}: step {int(state.step)}")

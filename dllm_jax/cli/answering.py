@@ -62,7 +62,7 @@ def load(options: ModelOptions) -> Loaded:
     """Reads the weights and the tokenizer."""
     adapter, mesh = None if options.adapter == "none" else options.adapter, None
     if options.mesh is not None:
-        sizes = mesh_sizes(options.mesh)
+        sizes: dict[str, Any] = mesh_sizes(options.mesh)
         if unknown := sizes.keys() - set(AXES):
             raise ValueError(f"--mesh {options.mesh}: {sorted(unknown)} are none of {AXES}")
         mesh = make_mesh(**sizes)

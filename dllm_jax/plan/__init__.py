@@ -20,7 +20,7 @@ from dllm_jax.plan.compiled import Compiled, Exchange, TooLarge, compile_program
 from dllm_jax.plan.estimate import memory_of, work_of
 from dllm_jax.plan.programs import Planned, program
 from dllm_jax.plan.setting import MODES, Setting, setting
-from dllm_jax.plan.topology import Topology, default_layout, layout, mesh_of, topology_of
+from dllm_jax.plan.topology import Topology, default_layouts, layout, mesh_of, topology_of
 from dllm_jax.testing.aot import has_compiler
 
 _LENGTHS = 1024  # the steps in which contexts are tried
@@ -130,7 +130,9 @@ def plan(
         model, mode, batch=batch, context=context, block=block, recipe=recipe, dtype=dtype,
         cache_dtype=cache_dtype, accumulate=accumulate, tokens_per_forward=tokens_per_forward,
     )  # fmt: skip
-    sizes = layout(own, mesh, default_layout(asked.config, mode, own, batch))
+    meshes = [mesh] if mesh else default_layouts(asked.config, mode, own, batch)
+    needs = lambda sizes: sum(memory_of(asked, sizes).values())  # noqa: E731
+    sizes = min((layout(own, each) for each in meshes), key=needs)
     memory = memory_of(asked, sizes)
     compiled, reason, devices = None, _reason(own, compiling), None
     fits = sum(memory.values()) <= own.chip.hbm

@@ -29,7 +29,7 @@ class Compiled(NamedTuple):
     arguments: dict[str, int]  # bytes, by role, without padding
     temporary: int  # bytes at the peak beside arguments and results
     exchanges: list[Exchange]
-    moved: int  # bytes between memory and cores in one run
+    moved: int  # bytes between memory and cores in one run; at low effort more than at full
     seconds: float  # that compiling took
 
 

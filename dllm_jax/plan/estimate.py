@@ -29,7 +29,9 @@ def work_of(own: Setting, layout: Mapping[str, int]) -> roofline.Work:
     """Of one pass, or one step of training."""
     config, batch, context = own.config, own.batch, own.context
     if own.mode == "train":
-        return roofline.train_work(config, layout, batch=batch, length=context, block=own.block)
+        return roofline.train_work(
+            config, layout, batch=batch, length=context, block=own.block, accumulate=own.accumulate
+        )
     if own.mode == "prefill":
         riding = own.block if _denoises(own) else own.recipe.width
         riding = 0 if _approximate(own) else riding

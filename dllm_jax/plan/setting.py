@@ -8,6 +8,7 @@ from dllm_jax.plan.architectures import AnyConfig, architecture
 from dllm_jax.policies.chance import random_part
 
 MODES = ("decode", "prefill", "train")
+_NOISE = 8  # at least: that of configs/adapt_smollm2_gpu.py
 _WIDTHS = ("block_size", "canvas", "width")  # how recipes call the size of their blocks
 
 
@@ -25,6 +26,7 @@ class Setting:
     context: int  # positions of a row: in the cache, of the prompt and its answer, of the text
     cache_dtype: str | None  # None: that of activations
     accumulate: int  # parts of a batch that are trained on one after the other
+    noise: int  # positions of a noisy block, in training
 
     @property
     def draws(self) -> bool:
@@ -34,6 +36,8 @@ class Setting:
     @property
     def block(self) -> int:
         """Positions that are denoised together; of drafts, what a pass checks and drafts."""
+        if self.mode == "train":
+            return self.noise
         size = getattr(self.recipe.width, "size", None)
         return size or (self.recipe.width + 1) ** 2
 
@@ -69,9 +73,10 @@ def setting(
     own = architecture(model)
     name = recipe or own.recipe
     options: dict[str, int] = {}
+    noise = block or max(getattr(own.config, "block_size", 1), _NOISE)
     if recipe in (None, own.recipe):
         block = block or own.block
-    if block is not None:
+    if block is not None and mode != "train":
         known = [option for option in _WIDTHS if option in recipes.options_of(name)]
         if not known:
             raise ValueError(f"recipe {name} has no blocks: leave the block out")
@@ -88,6 +93,6 @@ def setting(
     return Setting(
         model=model, mode=mode, config=config, recipe_name=name,
         recipe=recipes.named(name, **options), batch=batch, context=context,
-        cache_dtype=cache_dtype, accumulate=accumulate,
+        cache_dtype=cache_dtype, accumulate=accumulate, noise=noise,
         tokens_per_forward=tokens_per_forward or forward,
     )  # fmt: skip

@@ -49,13 +49,13 @@ def topology_of(name: str) -> Topology:
     return Topology(f"{chip}:{shape}", CHIPS[chip], math.prod(sizes))
 
 
-def layout(own: Topology, sizes: Mapping[str, int] | None, default: Mapping[str, int]):
-    """The sizes of all axes of the mesh, by what is asked or else by default.
+def layout(own: Topology, asked: Mapping[str, int]) -> dict[str, int]:
+    """The sizes of all axes of a mesh.
 
     Raises:
       ValueError: an axis is unknown, or the sizes are not as many as the devices.
     """
-    found = dict.fromkeys(AXES, 1) | dict(sizes or default)
+    found = dict.fromkeys(AXES, 1) | dict(asked)
     if unknown := sorted(set(found) - set(AXES)):
         raise ValueError(f"mesh axes {unknown} are none of {AXES}")
     if any(size < 1 for size in found.values()) or math.prod(found.values()) != own.devices:
@@ -66,25 +66,28 @@ def layout(own: Topology, sizes: Mapping[str, int] | None, default: Mapping[str,
     return found
 
 
-def default_layout(config: Any, mode: str, own: Topology, batch: int) -> dict[str, int]:
-    """A mesh that suits a model, unless somebody knows better.
+def default_layouts(config: Any, mode: str, own: Topology, batch: int) -> list[dict[str, int]]:
+    """Meshes that may suit a model, of which the one that needs least memory is taken.
 
-    Training: experts over their axis, everything else in shards that are gathered layer by layer;
-    `tensor` where there are more devices than rows. Decoding and prefill: as many shards of heads
-    as there are key/value heads, then experts, then rows.
+    Training: everything in shards that are gathered layer by layer, but experts, which may have an
+    axis of their own, to which tokens travel; `tensor` where there are more devices than rows.
+    Decoding and prefill: as many shards of heads as there are key/value heads, then experts, then
+    rows.
     """
     devices = own.devices
-    moe = getattr(config, "moe", None) or config
-    experts = getattr(moe, "num_experts", 1)
+    experts = getattr(getattr(config, "moe", None) or config, "num_experts", 1)
     if mode == "train":
-        tensor = devices // math.gcd(devices, batch)
-        tensor = math.gcd(tensor, config.num_kv_heads)
-        expert = math.gcd(min(16, devices // tensor), experts)
-        fsdp = devices // tensor // expert
-        return {"fsdp": fsdp, "expert": expert, "tensor": tensor}
+        tensor = math.gcd(devices // math.gcd(devices, batch), config.num_kv_heads)
+        rest = devices // tensor
+        most = math.gcd(rest, experts)
+        return [
+            {"fsdp": rest // expert, "expert": expert, "tensor": tensor}
+            for expert in range(1, most + 1)
+            if most % expert == 0
+        ]
     tensor = math.gcd(devices, config.num_kv_heads)
     expert = math.gcd(devices // tensor, experts)
-    return {"data": devices // tensor // expert, "expert": expert, "tensor": tensor}
+    return [{"data": devices // tensor // expert, "expert": expert, "tensor": tensor}]
 
 
 def mesh_of(own: Topology, sizes: Mapping[str, int]) -> Mesh:

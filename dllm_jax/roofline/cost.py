@@ -76,24 +76,35 @@ def prefill_pass(config: Any, *, batch: int, prompt: int, riding: int) -> Pass:
     return Pass(batch, prompt + riding, 0, pairs, riding)
 
 
-def train_work(config: Any, layout: Mapping[str, int], *, batch: int, length: int, block: int):
+def train_work(
+    config: Any,
+    layout: Mapping[str, int],
+    *,
+    batch: int,
+    length: int,
+    block: int,
+    accumulate: int = 1,
+) -> Work:
     """A step on the dual stream: `length` clean and as many noisy entries a row.
 
     Each layer runs forward twice, as it is computed again, and backward once, at twice the price.
-    Gradients, parameters and the moments of AdamW are read and written, weights gathered for each
-    of the four passes, and gradients summed over the devices that share them.
+    Gradients, parameters and the moments of AdamW are read and written, weights gathered for the
+    three passes of each stream, and gradients summed over the devices that share them; weights and
+    gradients for each part of the batch anew.
     """
-    clean = Pass(batch, length, 0, length * length / 2, 0)
-    noisy = Pass(batch, length, length / 2, length * block, length)
+    part = batch // accumulate
+    clean = Pass(part, length, 0, length * length / 2, 0)
+    noisy = Pass(part, length, length / 2, length * block, length)
     total = Work(0.0, 0.0, 0.0)
     for stream in (clean, noisy):
         total += forward_work(config, layout, stream).times(4.0, 3.0, 3.0)
     held = sum(p.held for p in parts(config, layout))
     item = jnp.dtype(config.param_dtype).itemsize
-    gathered = sum(p.used for p in parts(config, layout)) * item
-    shared = layout.get("data", 1)
-    summed = gathered * _ring(layout.get("fsdp", 1)) + 2 * held * item * _ring(shared)
-    return total + Work(12 * held, 7 * held * item, summed)
+    used = sum(p.used for p in parts(config, layout)) * item
+    summed = used * _ring(layout.get("fsdp", 1)) + 2 * held * item * _ring(layout.get("data", 1))
+    total += Work(0.0, 0.0, summed)
+    every = float(accumulate)
+    return total.times(every, every, every) + Work(12 * held, 7 * held * item, 0.0)
 
 
 def forward_work(config: Any, layout: Mapping[str, int], own: Pass) -> Work:

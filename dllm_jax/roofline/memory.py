@@ -1,11 +1,14 @@
 """What a program holds on one device, in closed form: bytes by role."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
 from dllm_jax.roofline.sizes import attentions, cache_bytes, parts, rows
+
+_TILE = 512  # queries, and keys, in `pallas_kernels.block_attention`
 
 
 def decode_memory(
@@ -36,7 +39,10 @@ def train_memory(
     """Of a step of AdamW on the dual stream, each layer computed again in the backward pass.
 
     Moments and gradients are of the parameters' dtype; where there is an adapter, of the adapter
-    alone. The inputs of every layer are saved, and the keys and values of the clean stream.
+    alone. The inputs of every layer are saved, and the keys and values of the clean stream, which
+    the backward pass reads in another layout, and has gradients of. What noisy entries make of them
+    is computed in tiles of queries and keys. Over `fsdp`, the largest of what is gathered at once:
+    a layer, or the vocabulary.
     """
     held = parts(config, layout)
     adapted = getattr(config, "adapter", None) is not None
@@ -49,10 +55,29 @@ def train_memory(
         "weights": sum(p.held * p.size for p in held),
         "optimiser": 2 * trained,
         "gradients": trained * streams,
-        "cache": cache_bytes(config, layout, batch, length),
+        "cache": (1 + streams) * cache_bytes(config, layout, batch, length),
         "saved": streams * tokens * config.dim * config.num_layers * item,
         "activations": activations(config, layout, batch, length, kept=False),
+        "scores": scores(config, layout, batch, length),
+        "gathered": gathered(config, layout),
     }
+
+
+def scores(config: Any, layout: Mapping[str, int], batch: int, length: int) -> int:
+    """Tiles of scores in the gradient of attention over a cache: three in float32, and one cast."""
+    tile = min(length, _TILE)
+    heads = max(k.heads for k in attentions(config, layout))
+    return rows(layout, batch) * heads * tile * tile * (3 * 4 + jnp.dtype(config.dtype).itemsize)
+
+
+def gathered(config: Any, layout: Mapping[str, int]) -> int:
+    """The largest weights that are used as a whole and lie in pieces: of a layer, or one array."""
+    if layout.get("fsdp", 1) == 1:
+        return 0
+    sizes: Counter[str] = Counter()
+    for part in parts(config, layout):
+        sizes[part.path[0]] += part.used * part.size // part.layers
+    return max(sizes.values())
 
 
 def weights(config: Any, layout: Mapping[str, int]) -> int:

@@ -36,6 +36,7 @@ class Part(NamedTuple):
     held: int  # elements that lie there
     used: int  # elements that it computes with, after those of `fsdp` have been gathered
     dims: int  # of one layer's array: 2 or more are a matrix
+    layers: int  # that it is stacked of; 1: it is of none
     size: int  # bytes of an element
 
     @property
@@ -74,7 +75,8 @@ def _parts(config: Any, sizes: tuple[int, ...]) -> list[Part]:
             path = (*path, "expert")
         stacked = "layers" in entry.axes
         size = jnp.dtype(entry.dtype or config.param_dtype).itemsize
-        found.append(Part(path, own, computed, len(entry.shape) - stacked, size))
+        layers = entry.shape[0] if stacked else 1
+        found.append(Part(path, own, computed, len(entry.shape) - stacked, layers, size))
     return found
 
 

@@ -46,11 +46,14 @@ def has_compiler(platform: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def compile_for(chip: str, function: Callable, *arguments: Any) -> jax.stages.Compiled:
+def compile_for(
+    chip: str, function: Callable, *arguments: Any, options: dict[str, Any] | None = None
+) -> jax.stages.Compiled:
     """The compiled program of a function on one chip of `CHIPS` or `GPUS`.
 
     Args:
       arguments: pytrees of `jax.ShapeDtypeStruct`.
+      options: of the compiler.
     """
     platform, topology = _topology(chip)
     mesh = Mesh(np.array(topology.devices[:1]), ("x",), axis_types=(AxisType.Explicit,))
@@ -59,7 +62,8 @@ def compile_for(chip: str, function: Callable, *arguments: Any) -> jax.stages.Co
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), arguments
     )
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.jit(function).trace(*placed).lower(lowering_platforms=(platform,)).compile()
+        lowered = jax.jit(function).trace(*placed).lower(lowering_platforms=(platform,))
+        return lowered.compile(compiler_options=options)
 
 
 def _topology(chip: str):

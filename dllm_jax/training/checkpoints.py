@@ -137,6 +137,25 @@ def restore_newest(
     return None
 
 
+def check_shared(folder: PathLike) -> None:
+    """Raises ValueError where processes do not see the same folder of checkpoints."""
+    if jax.process_count() == 1:
+        return
+    mark = epath.Path(folder) / "shared"
+    if distributed.is_first():
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.write_text("")
+    distributed.wait("a file is there")
+    apart = distributed.any_process(not mark.exists())
+    if distributed.is_first():
+        mark.unlink()
+    if apart:
+        raise ValueError(
+            f"{folder} is not the same folder on all {jax.process_count()} processes: put the "
+            "checkpoints on a disk that they share, or in a bucket (gs://...)"
+        )
+
+
 class Unreadable(Exception):
     """A step that cannot be read."""
 

@@ -268,6 +268,7 @@ def _save(saver: checkpoints.Saver, step: int, state: TrainState, data, numbers)
 def _restore(folder: Path | str, state: TrainState, data, numbers: dict[str, int]) -> TrainState:
     """The newest readable checkpoint, with `data` set to its position; else the given state."""
     target = jax.tree.map(checkpoints.target_of, _as_dict(state))
+    checkpoints.check_shared(folder)
     advice = "; continue it with the settings it was started with, or choose another folder"
 
     def load(path, step: int) -> tuple[Params, dict[str, Any]]:

@@ -32,44 +32,26 @@ from dllm_jax.nn.gemma import GemmaConfig
 from dllm_jax.nn.head import stats_of
 from dllm_jax.nn.transformer import TransformerConfig, forward
 from dllm_jax.nn.tree import param_shapes
-from dllm_jax.ops.moe import MoEConfig
+from dllm_jax.plan import NAMED
 from dllm_jax.testing.aot import compile_for
 from pallas_kernels import BlockMask, TokenStats
 
 BLOCK, PASSES = 32, 16
-BFLOAT16 = dict(dtype="bfloat16", param_dtype="bfloat16")
+
+
+def named(name: str, **changes: Any) -> TransformerConfig | GemmaConfig:
+    """A published architecture in bfloat16."""
+    own = dict(dtype="bfloat16", param_dtype="bfloat16")
+    return dataclasses.replace(NAMED[name].config, **own, **changes)
+
+
 MODELS: dict[str, TransformerConfig | GemmaConfig] = {
-    "LLaDA-8B": TransformerConfig(
-        family="llada", vocab_size=126_464, num_layers=32, dim=4096, num_heads=32, num_kv_heads=32,
-        head_dim=128, ffn_dim=12_288, rope_theta=500_000.0, attention="bidirectional",
-        alignment="same_position", mask_id=126_336, **BFLOAT16,
-    ),
-    "Fast-dLLM v2 7B": TransformerConfig(
-        family="fast_dllm_v2", vocab_size=152_064, num_layers=28, dim=3584, num_heads=28,
-        num_kv_heads=4, head_dim=128, ffn_dim=18_944, rope_theta=1_000_000.0, qkv_bias=True,
-        attention="block_causal", block_size=32, mask_id=151_665, **BFLOAT16,
-    ),
-    "LLaDA2-mini": TransformerConfig(
-        family="llada2_moe", vocab_size=157_184, num_layers=20, dim=2048, num_heads=16,
-        num_kv_heads=4, head_dim=128, ffn_dim=5120, rotary_dim=64, qk_norm=True,
-        attention="block_causal", block_size=32, alignment="same_position", mask_id=156_895,
-        moe=MoEConfig(
-            num_experts=256, experts_per_token=8, ffn_dim=512, shared_ffn_dim=512, first_dense=1,
-            score="sigmoid", groups=8, top_groups=4, expert_bias=True, normalise=True, scale=2.5,
-        ),
-        **BFLOAT16,
-    ),
-    "DiffusionGemma": GemmaConfig(
-        vocab_size=262_144, dim=2816, num_heads=16, ffn_dim=2112, num_experts=128,
-        experts_per_token=8, expert_dim=704, layer_types=("sliding",) * 5 + ("full",),
-        head_dim=256, num_kv_heads=8, window=1024, full_head_dim=512, full_num_kv_heads=2,
-        **BFLOAT16,
-    ),
-    "SmolLM2-135M": TransformerConfig(
-        vocab_size=49_152, num_layers=30, dim=576, num_heads=9, num_kv_heads=3, head_dim=64,
-        ffn_dim=1536, rope_theta=100_000.0, tied_head=True, mask_id=49_152, **BFLOAT16,
-    ),
-}  # fmt: skip
+    "LLaDA-8B": named("llada-8b"),
+    "Fast-dLLM v2 7B": named("fast-dllm-v2-7b"),
+    "LLaDA2-mini": named("llada2-mini-16b"),
+    "DiffusionGemma": named("diffusion-gemma-26b", layer_types=("sliding",) * 5 + ("full",)),
+    "SmolLM2-135M": named("smollm2-135m", adapter=None),
+}
 # Layers in the loop over them: of a Gemma periods, of six layers each; and not those before it.
 DEPTHS = {"LLaDA-8B": 32, "Fast-dLLM v2 7B": 28, "LLaDA2-mini": 19, "DiffusionGemma": 5,
           "SmolLM2-135M": 30}  # fmt: skip

@@ -102,7 +102,8 @@ def markdown(report: dict[str, Any], options: Options) -> str:
         f" commit {report['commit']}); nothing was run. Bytes in GB. Rest: beyond weights, cache"
         " and the state of the decoder; its share is of the peak. Closed form:"
         " `dllm_jax.roofline`. Behind a cache of finished blocks the pass that is compiled holds"
-        " two blocks, the one that is denoised and the finished one that it caches."
+        " two blocks, the one that is denoised and the finished one that it caches. Of LLaDA it is"
+        " the pass over a block; the one over the whole canvas that opens a block is a prefill."
     ]
     for model in options.models:
         for title, kept in parts(report["rows"], model, options):

@@ -150,7 +150,7 @@ def disturb(config: Kill, folder: Path, stages, total: int | None) -> list[dict]
             code = launched.wait(PATIENCE)
         finally:
             launched.kill()
-        said = (folder / "log.txt").read_text()[seen:]
+        said = (folder / "log.txt").read_text()[seen:].replace(str(folder), "RUN")
         if code != {"KILL": 137, "TERM": 0, "END": 0}[stage.end]:
             raise RuntimeError(f"stage {number} ended with code {code}: {said[-3000:]}")
         happened.append({
@@ -300,12 +300,13 @@ def page(report: dict) -> str:
                 f"{sent} | {row['step']} | {cut} | {row['exit_code']} |"
             )
         told = [line for row in part["stages"] for line in row["told"]]
-        text += ["", "Told about the damage:", "", "```", *told, "```", ""]
+        if told:
+            text += ["", "Told about the damage:", "", "```", *told, "```"]
         verdict = "identical, bit for bit" if part["identical"] else "not bit-equal"
-        text.append(
+        text += ["", (
             f"Against one process that nobody touched: {verdict}; largest difference of the loss "
             f"{part['loss']:.3g} (loss {part['first_loss']:.3f} to {part['last_loss']:.3f})."
-        )
+        )]  # fmt: skip
     return "\n".join(text) + "\n"
 
 
