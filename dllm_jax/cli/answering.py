@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.monitoring
@@ -65,7 +65,7 @@ def load(options: ModelOptions) -> Loaded:
         sizes: dict[str, Any] = mesh_sizes(options.mesh)
         if unknown := sizes.keys() - set(AXES):
             raise ValueError(f"--mesh {options.mesh}: {sorted(unknown)} are none of {AXES}")
-        mesh = make_mesh(**sizes)
+        mesh = make_mesh(**cast(Any, sizes))
     model, params = checkpoint.load(options.model, dtype=options.dtype, adapter=adapter, mesh=mesh)
     return Loaded(options.model, model, params, Tokenizer.load(options.model))
 
