@@ -82,7 +82,8 @@ def main(options: Options) -> None:
 
 def refreshed(name: str, own: dict[str, Any]) -> dict[str, Any]:
     """A plan that was compiled before, with the closed forms of today."""
-    new = plan(**{**RUNS[name], "mesh": own["mesh"] or None}, compiling=False).to_dict()
+    asked: dict[str, Any] = {**RUNS[name], "mesh": own["mesh"] or None}
+    new = plan(**asked, compiling=False).to_dict()
     closed = ("memory", "estimate", "work", "time", "bound", "tokens_per_second")
     return {**own, **{part: new[part] for part in closed}}
 
