@@ -58,6 +58,23 @@ def test_groups_are_read_in_every_spelling():
         collectives(text.replace("GROUPS", "somewhere"))
 
 
+def test_a_sum_of_which_each_keeps_a_part_is_found_in_its_fusion():
+    text = """%all-reduce-scatter.1 (p: f32[8]) -> f32[2] {
+  %p = f32[8]{0} parameter(0)
+  %sum = f32[8]{0} all-reduce(%p), replica_groups={{0,1,2,3}}, to_apply=%add
+  %zero = s32[] constant(0)
+  ROOT %part = f32[2]{0} dynamic-slice(%sum, %zero), dynamic_slice_sizes={2}
+}
+
+ENTRY %main (x: f32[8]) -> f32[2] {
+  %x = f32[8]{0} parameter(0)
+  ROOT %r = f32[2]{0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+    (one,) = collectives(text)
+    assert (one.kind, one.bytes, one.group) == ("reduce-scatter", 24, 4)
+
+
 def test_topologies():
     assert topology_of("v5e:16x16").devices == 256
     assert topology_of("tpu7x:2x2x1").devices == 8  # two a chip

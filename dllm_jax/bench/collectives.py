@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from dllm_jax.bench.scheduled import Array, Instruction, Run, parsed, walk
+from dllm_jax.bench.scheduled import Array, Instruction, Program, Run, called, parsed, walk
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -43,33 +43,39 @@ def collectives(
       ValueError: a loop whose rounds are not known, or text of another form.
     """
     program = parsed(text)
-    runs = walk(program, lambda run: _sent(run)[0], rounds, otherwise)
     found = []
-    for run in runs:
-        if kind := _kind(run.instruction):
-            sent, group = _sent(run)
+    for run in walk(program, lambda run: _told(program, run)[1], rounds, otherwise):
+        kind, sent, group = _told(program, run)
+        if kind:
             found.append(Collective(kind, sent, group, run.times, run.instruction.text))
     return sorted(found, key=lambda x: -x.total)
 
 
-def _kind(x: Instruction) -> str | None:
-    kind = x.kind.removesuffix("-start")
-    return kind if kind in KINDS else None
-
-
-def _sent(run: Run) -> tuple[int, int]:
-    """The bytes that a chip sends, and the size of its group; (0, 1) of what is no collective."""
-    x = run.instruction
-    kind = _kind(x)
-    if kind is None:
-        return 0, 1
-    operands = _size([a for operand in run.operands for a in operand.arrays])
+def _told(program: Program, run: Run) -> tuple[str, int, int]:
+    """The kind of a collective, the bytes that a chip sends, its group; ("", 0, 1) of others."""
+    x, operands, scattered = run.instruction, run.operands, False
+    if x.kind in ("fusion", "async-start"):  # a sum of which a chip keeps its part is a fusion
+        name = called(x, "calls")
+        own = {inner.name: inner for inner in program.computations[name]}
+        within = [inner for inner in own.values() if _kind(inner)]
+        if not within:
+            return "", 0, 1
+        x, scattered = within[0], name.startswith("all-reduce-scatter")
+        operands = [own[operand] for operand in x.operands]
+    kind = "reduce-scatter" if scattered else _kind(x)
+    if not kind:
+        return "", 0, 1
+    size = _size([a for operand in operands for a in operand.arrays])
     if kind == "collective-permute":
-        return operands, 2
-    group = _group(x.text, run.instruction.name)
-    ring = (group - 1) / group
-    whole = {"all-gather": operands * group, "all-reduce": 2 * operands}.get(kind, operands)
-    return round(whole * ring), group
+        return kind, size, 2
+    group = _group(x.text, x.name)
+    whole = {"all-gather": size * group, "all-reduce": 2 * size}.get(kind, size)
+    return kind, round(whole * (group - 1) / group), group
+
+
+def _kind(x: Instruction) -> str:
+    kind = x.kind.removesuffix("-start")
+    return kind if kind in KINDS else ""
 
 
 def _size(arrays: list[Array]) -> int:

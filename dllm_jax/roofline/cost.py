@@ -127,7 +127,7 @@ def forward_work(config: Any, layout: Mapping[str, int], own: Pass) -> Work:
         if part.dims > 1 and (is_head or not looked_up):
             flops += 2 * part.used * multiplied
             read += part.used * part.size * (chosen if part.is_expert else 1)
-        gathered += part.used * part.size
+        gathered += part.used * min(part.size, item)  # cast before they travel
     cached = 0.0
     for kind in attentions(config, layout):
         context = min(own.context, kind.window) if kind.window else own.context

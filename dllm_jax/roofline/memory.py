@@ -57,7 +57,7 @@ def train_memory(
         "gradients": trained * streams,
         "cache": (1 + streams) * cache_bytes(config, layout, batch, length),
         "saved": streams * tokens * config.dim * config.num_layers * item,
-        "activations": activations(config, layout, batch, length, kept=False),
+        "activations": activations(config, layout, batch, length, kept=False, gradient=True),
         "scores": scores(config, layout, batch, length),
         "gathered": gathered(config, layout),
     }
@@ -86,7 +86,13 @@ def weights(config: Any, layout: Mapping[str, int]) -> int:
 
 
 def activations(
-    config: Any, layout: Mapping[str, int], batch: int, entries: int, *, kept: bool = True
+    config: Any,
+    layout: Mapping[str, int],
+    batch: int,
+    entries: int,
+    *,
+    kept: bool = True,
+    gradient: bool = False,
 ) -> int:
     """What a pass has beside its arguments at its peak, which is within a layer.
 
@@ -96,6 +102,7 @@ def activations(
 
     Args:
       kept: the keys and values are cached after the pass.
+      gradient: it is a backward pass, in which the tokens of experts lie there thrice.
     """
     item = jnp.dtype(config.dtype).itemsize
     tokens = rows(layout, batch) * entries // layout.get("context", 1)
@@ -105,5 +112,5 @@ def activations(
     sizes, routed = config.sizes(), getattr(config, "moe", None) or config
     dense = (sizes.get("F", 0) + sizes.get("s", 0)) // layout.get("tensor", 1)
     chosen = getattr(routed, "experts_per_token", 0) * layout.get("expert", 1)
-    mixed = chosen * 2 * config.dim
+    mixed = chosen * (3 if gradient else 2) * config.dim
     return tokens * (2 * fresh + 4 * config.dim + max(heads, 3 * dense, mixed)) * item
