@@ -73,6 +73,7 @@ def main(config: Distill) -> None:
                     f"{path.name}: {len(rows)} rows, {tokens} answer tokens, {rate:.0f}/s"
                 )
             progress.advance(task)
+    distributed.wait("all parts are there")  # a process that ends early ends the others
 
 
 def turns(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

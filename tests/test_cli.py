@@ -201,6 +201,7 @@ def test_mistakes(run, arguments: list[str], message: str):
     assert message in err
 
 
+@pytest.mark.slow
 def test_an_answer_from_a_mesh(run):
     asked = "Why?", "--max-new-tokens", "8", "--mode", "diffusion", "--json"
     (_, alone, _), (code, meshed, _) = (

@@ -174,6 +174,11 @@ def test_a_dynamic_scaling_is_that_of_the_longest_text():
             "a dynamic scaling has one length",
         ),
         (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor=0.5 in its rope_parameters",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5; only 1.0"),
+        (
             {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1},
             "sliding_attention in 1 of 2 layers",
         ),
@@ -186,6 +191,12 @@ def test_a_dynamic_scaling_is_that_of_the_longest_text():
 def test_what_a_config_asks_for_is_done_or_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         family(LLAMA).config_from_published({**LLAMA, **changes})
+
+
+def test_a_field_that_says_nothing_is_fine():
+    scaling = {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": None}
+    config = family(LLAMA).config_from_published({**LLAMA, "rope_scaling": scaling})
+    assert config.rope_scaling == RopeScaling(kind="linear", factor=2.0)
 
 
 def test_a_window_that_reaches_no_layer_is_no_window():
@@ -482,6 +493,13 @@ def test_a_shared_prompt_in_int8_has_the_scales_of_its_own():
             {"attention": "bidirectional"}, recipes.dream(), 2,
             "the prompt is read again with each canvas",
         ),
+        (
+            {"attention": "block_causal", "alignment": "same_position"},
+            dataclasses.replace(
+                recipes.sdar(block_size=4), guidance=Guidance(1.5, keep=jnp.ones((1, 1), bool))
+            ),
+            2, "guidance keeps other positions in each row",
+        ),
     ],
 )  # fmt: skip
 def test_what_cannot_share_a_prompt_says_so(more, recipe, samples, message):
@@ -494,7 +512,9 @@ def test_layers_with_windows_share_no_prompt():
     model, params = random_model(WINDOWED)
     recipe = recipes.diffusion_gemma(canvas=4)
     with pytest.raises(ValueError, match="layers with a window read no shared prompt"):
-        generate(model, params, [[3]], recipe=recipe, samples=2, key=jax.random.key(0))
+        generate(
+            model, params, [[3]], recipe=recipe, samples=2, key=jax.random.key(0), max_new_tokens=8
+        )
 
 
 # What a program of a long text holds

@@ -8,11 +8,14 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+import dllm_jax.plan
 from dllm_jax.bench.collectives import collectives
 from dllm_jax.cli import main
 from dllm_jax.nn.transformer import TransformerConfig
 from dllm_jax.plan import NAMED, plan
+from dllm_jax.plan.compiled import Compiled
 from dllm_jax.plan.topology import default_layouts, layout, topology_of
+from dllm_jax.sharding import make_mesh
 
 
 def test_collectives_of_a_program_that_is_known():
@@ -115,9 +118,27 @@ def test_a_plan_in_closed_form():
     assert (at_most.fits, one_more.fits) == (True, False)
     assert not plan("llada-8b", "v5e:1x1", compiling=False).fits
     assert json.dumps(found.to_dict())
+    parts = plan("smollm2-135m", "v5e:2x2", mode="train", batch=16, accumulate=2, compiling=False)
+    assert parts.largest_batch % 8 == 0  # whole rows of each part on each device
     gpu = plan("sdar-8b", "h100:8", batch=8)
     assert gpu.reason == "programs are compiled for TPUs alone"
     assert gpu.tokens_per_second == pytest.approx(8 * 32 / 15 / gpu.time.least)
+
+
+def test_full_effort_tries_contexts_that_the_model_does_not_have(monkeypatch):
+    """The programs of the search are traced; the compiler is not there."""
+    tried = []
+
+    def found(planned, devices, *, effort):
+        tried.append(max(x.shape[1] for x in planned.arguments["job"] if x.ndim == 2))
+        return Compiled(2**30, {}, 0, [], 0, 0.0)
+
+    monkeypatch.setattr(dllm_jax.plan, "has_compiler", lambda platform: True)
+    monkeypatch.setattr(dllm_jax.plan, "mesh_of", lambda own, sizes: make_mesh(data=1))
+    monkeypatch.setattr(dllm_jax.plan, "compile_program", found)
+    most = plan("smollm2-135m", "v5p:1x1x1", batch=1, context=4096, effort="full")
+    assert most.largest_context > NAMED["smollm2-135m"].config.max_length
+    assert max(tried) > NAMED["smollm2-135m"].config.max_length
 
 
 @pytest.mark.parametrize(
@@ -126,6 +147,7 @@ def test_a_plan_in_closed_form():
         ({"model": "llada-9b"}, "a plan also knows the architectures llada-8b"),
         ({"mode": "serve"}, "none of decode, prefill, train"),
         ({"batch": 0}, "batch 0 must be at least 1"),
+        ({"batch": 6, "accumulate": 4}, "accumulate 4 must divide batch 6"),
         ({"recipe": "magic"}, "no recipe 'magic'"),
         ({"mesh": {"tensor": 3}}, "not the 8 devices"),
     ],

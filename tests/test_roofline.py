@@ -102,6 +102,22 @@ def test_work_by_hand():
     assert odd.flops > one.flops / 8
 
 
+def test_a_cache_of_fewer_bits_is_read_faster():
+    own = roofline.decode_pass(batch=8, entries=4, context=100)
+    full, int8 = (
+        roofline.forward_work(TINY, {}, own, cache_dtype=dtype) for dtype in (None, "int8")
+    )
+    assert full.bytes - int8.bytes == 8 * 100 * 4 * 2 * 16 * (4 - 1)
+
+
+def test_an_adapter_costs_what_is_trained():
+    """The clean stream passes once, and the base has neither gradients nor moments."""
+    smol = NAMED["smollm2-135m"].config
+    bare = dataclasses.replace(smol, adapter=None, mask_id=None)
+    some, all_ = (roofline.train_work(c, {}, batch=4, length=256, block=8) for c in (smol, bare))
+    assert 0.45 < some.flops / all_.flops < 0.6
+
+
 def test_experts_by_hand():
     """A token passes those it chose; a batch reads those that any of its tokens chose."""
     moe = MoEConfig(num_experts=8, experts_per_token=2, ffn_dim=32)

@@ -196,6 +196,10 @@ def _check_samples(recipe: Recipe, config, samples: int, infilling: bool) -> Non
         reason = "the prompt is read again with each canvas behind it"
     elif hasattr(config, "window"):
         reason = "its layers with a window read no shared prompt"
+    elif isinstance(recipe, Denoise) and isinstance(recipe.revise, ReNoise):
+        reason = "its canvases begin as noise of their own"
+    elif isinstance(recipe, Denoise) and getattr(recipe.guidance, "keep", None) is not None:
+        reason = "guidance keeps other positions in each row"
     else:
         return
     raise ValueError(

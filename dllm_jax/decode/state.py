@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import multihost_utils
 
 from dllm_jax.cache import AXES, KVCache
 from dllm_jax.sharding import automatic, placed, spec_of
@@ -93,7 +94,12 @@ class Result:
     @property
     def stop_reasons(self) -> list[str]:
         """Why each row ended: "end_of_turn" or "length"."""
-        return [STOP_REASONS[int(code)] for code in jax.device_get(self.stop)]
+        codes = self.stop
+        if not getattr(
+            codes, "is_fully_addressable", True
+        ):  # rows of other processes: all ask, all get all
+            codes = multihost_utils.process_allgather(codes, tiled=True)
+        return [STOP_REASONS[int(code)] for code in jax.device_get(codes)]
 
 
 def lies(path: str, shape: tuple[int, ...]) -> Any:

@@ -82,6 +82,7 @@ def config_from_published(fields: Mapping[str, Any]) -> TransformerConfig:
     kind = KINDS[family]
     refuse(fields, "hidden_act", "silu")
     refuse(fields, "mlp_bias", False)
+    refuse(fields, "partial_rotary_factor", 1.0)
     refuse_windows(fields)
     refuse(fields, "use_mrope", False)
     if not kind.bias:

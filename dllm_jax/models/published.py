@@ -75,6 +75,12 @@ def rope(fields: Mapping[str, Any], length: int) -> dict[str, Any]:
     theta = float(found.pop("rope_theta", None) or fields.get("rope_theta") or 10_000.0)
     old = found.pop("type", None)
     kind = found.pop("rope_type", None) or old or "default"
+    factor, said = found.get("partial_rotary_factor"), fields.get("partial_rotary_factor")
+    if factor not in (None, 1.0 if said is None else said):
+        raise ValueError(
+            f"config.json has partial_rotary_factor={factor} in its rope_parameters, and"
+            f" {said} outside of them, where it is read"
+        )
     scaling = None if kind == "default" else _scaling(kind, found, fields, length)
     if scaling is not None and scaling.kind == "yarn":
         length = max(length, round(scaling.factor * scaling.original_length))
@@ -90,8 +96,7 @@ def _scaling(
             f" known are {', '.join(SCALINGS)}"
         )
     given = {name: value for name, value in found.items() if value is not None}
-    if given.get("partial_rotary_factor") == fields.get("partial_rotary_factor", 1.0):
-        del given["partial_rotary_factor"]
+    given.pop("partial_rotary_factor", None)  # `rope` has read it
     original = given.pop("original_max_position_embeddings", None)
     if kind == "dynamic" and original not in (None, length):  # transformers reads the other one
         raise ValueError(

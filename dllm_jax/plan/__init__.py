@@ -148,7 +148,9 @@ def plan(
     extra = compiled.peak / sum(memory.values()) if compiled else 1.0
 
     def changed(batch: int = batch, context: int = context) -> Setting:
-        return dataclasses.replace(asked, batch=batch, context=context)
+        longest = max(asked.config.max_length, context)
+        config = dataclasses.replace(asked.config, max_length=longest)
+        return dataclasses.replace(asked, config=config, batch=batch, context=context)
 
     def fitting(step: int, other: Callable[[int], Setting]) -> int:
         """The most that fits, in so many steps; full effort compiles it."""
@@ -162,7 +164,7 @@ def plan(
         )
 
     work = work_of(asked, sizes)
-    step = math.prod(sizes[axis] for axis in ("data", "fsdp", "expert"))
+    step = accumulate * math.prod(sizes[axis] for axis in ("data", "fsdp", "expert"))
     rows = fitting(step, lambda n: changed(batch=n))
     length = fitting(_LENGTHS, lambda n: changed(context=n))
     return Plan(

@@ -39,7 +39,7 @@ def work_of(own: Setting, layout: Mapping[str, int]) -> roofline.Work:
         own_pass = roofline.prefill_pass(config, batch=batch, prompt=prompt, riding=riding)
         return roofline.forward_work(config, layout, own_pass)
     own_pass = roofline.decode_pass(batch=batch, entries=own.block, context=context)
-    return roofline.forward_work(config, layout, own_pass)
+    return roofline.forward_work(config, layout, own_pass, cache_dtype=own.cache_dtype)
 
 
 def _denoises(own: Setting) -> bool:

@@ -70,6 +70,8 @@ def setting(
                          ("accumulate", accumulate)):  # fmt: skip
         if number is not None and number < 1:
             raise ValueError(f"{name} {number} must be at least 1")
+    if batch % accumulate:
+        raise ValueError(f"accumulate {accumulate} must divide batch {batch}")
     own = architecture(model)
     name = recipe or own.recipe
     options: dict[str, int] = {}

@@ -90,25 +90,31 @@ def train_work(
     Each layer runs forward twice, as it is computed again, and backward once, at twice the price.
     Gradients, parameters and the moments of AdamW are read and written, weights gathered for the
     three passes of each stream, and gradients summed over the devices that share them; weights and
-    gradients for each part of the batch anew.
+    gradients for each part of the batch anew. Where there is an adapter it alone is trained: the
+    clean stream runs forward once, and the backward pass of the noisy one costs as much again.
     """
     part = batch // accumulate
     clean = Pass(part, length, 0, length * length / 2, 0)
     noisy = Pass(part, length, length / 2, length * block, length)
     total = Work(0.0, 0.0, 0.0)
-    for stream in (clean, noisy):
-        total += forward_work(config, layout, stream).times(4.0, 3.0, 3.0)
-    held = sum(p.held for p in parts(config, layout))
+    adapted = getattr(config, "adapter", None) is not None
+    clean_costs, noisy_costs = ((1, 1, 1), (3, 3, 3)) if adapted else ((4, 3, 3), (4, 3, 3))
+    for stream, costs in (clean, clean_costs), (noisy, noisy_costs):
+        total += forward_work(config, layout, stream).times(*map(float, costs))
+    trained = [p for p in parts(config, layout) if not adapted or p.path[0] == "adapter"]
+    held = sum(p.held for p in trained)
     item = jnp.dtype(config.param_dtype).itemsize
-    used = sum(p.used for p in parts(config, layout)) * item
+    used = sum(p.used for p in trained) * item
     summed = used * _ring(layout.get("fsdp", 1)) + 2 * held * item * _ring(layout.get("data", 1))
     total += Work(0.0, 0.0, summed)
     every = float(accumulate)
     return total.times(every, every, every) + Work(12 * held, 7 * held * item, 0.0)
 
 
-def forward_work(config: Any, layout: Mapping[str, int], own: Pass) -> Work:
-    """A forward pass on one device."""
+def forward_work(
+    config: Any, layout: Mapping[str, int], own: Pass, *, cache_dtype: str | None = None
+) -> Work:
+    """A forward pass on one device, behind a cache of activations' dtype or another."""
     tensor, expert, fsdp = (layout.get(axis, 1) for axis in ("tensor", "expert", "fsdp"))
     row = rows(layout, own.batch)
     item = jnp.dtype(config.dtype).itemsize
@@ -134,7 +140,8 @@ def forward_work(config: Any, layout: Mapping[str, int], own: Pass) -> Work:
         pairs = own.pairs if not kind.window else min(own.pairs, own.entries * kind.window)
         seen = own.entries * context + pairs
         flops += 4 * row * kind.layers * kind.heads * kind.size * seen / layout.get("context", 1)
-        cached += row * context * kind.layers * kind.kv_heads * 2 * kind.size * item
+        stored = jnp.dtype(cache_dtype or config.dtype).itemsize
+        cached += row * context * kind.layers * kind.kv_heads * 2 * kind.size * stored
     hidden = tokens * config.dim * item
     moved = read + cached + 12 * config.num_layers * hidden  # in and out of each part of a layer
     sent = gathered * _ring(fsdp)

@@ -171,6 +171,8 @@ def read(path: epath.Path, target: Any, *, partial: bool = False) -> Any:
     try:
         with context:
             return ocp.load(path, target, checkpointable_name="state")
+    except (PermissionError, TimeoutError, ConnectionError):
+        raise  # says nothing of the step, which stays where it is
     except Exception as error:
         if "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower():
             raise
@@ -185,6 +187,8 @@ def facts_of(path: epath.Path) -> tuple[Any, Any]:
     """
     try:
         found = ocp.metadata(path, checkpointable_name="state")
+    except (PermissionError, TimeoutError, ConnectionError):
+        raise
     except Exception as error:
         raise Unreadable(_first_line(error)) from error
     if not found.custom_metadata or found.metadata is None:

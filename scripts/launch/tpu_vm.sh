@@ -41,7 +41,7 @@ setup)
     git archive --format=tar.gz -o "$archive" HEAD
     "${tpu[@]}" scp "$archive" "$name:dllm_jax.tar.gz" "${where[@]}" --worker=all
     everywhere 'mkdir -p dllm_jax && tar -xzf dllm_jax.tar.gz -C dllm_jax && cd dllm_jax &&
-        python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e ".[tpu]"'
+        python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e ".[tpu,gcs]"'
     ;;
 run)
     [ "${1:-}" = -- ] && shift

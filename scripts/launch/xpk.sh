@@ -5,7 +5,7 @@
 #       python scripts/adapt_smollm2.py tpu --run /tmp/run --data /data --checkpoints gs://B/run
 #
 # Settings by variables: CLUSTER; ZONE; PROJECT; IMAGE, which holds this tree at /app, installed with
-# the extra `tpu`; SLICES (1); RESTARTS (10): a killed host restarts all of them, and the run goes on
+# the extras `tpu` and `gcs`; SLICES (1); RESTARTS (10): a killed host restarts all of them, and the run goes on
 # from its last checkpoint. jax.distributed finds the slices by what GKE sets.
 set -euo pipefail
 
