@@ -89,6 +89,24 @@ def test_gradients_are_those_of_the_dense_form(form: str):
         np.testing.assert_allclose(a, b, atol=1e-2, rtol=1e-4)
 
 
+@pytest.mark.parametrize("share", ["some", "all", "none"])
+def test_pieces_of_pairs_are_those_of_the_experts_here(share):
+    """Pairs of other devices' experts have the number behind the last one's."""
+    chosen, weights = pairs(4)
+    away = {"some": chosen % 3 == 0, "all": chosen < 0, "none": chosen >= 0}[share]
+    here, kept = jnp.where(away, EXPERTS, chosen), jnp.where(away, 0, weights)
+    own, stack = (GATE, UP, DOWN), Stack(jnp.int32(0), GATE[None], UP[None], DOWN[None])
+    form = moe._Pieces(True, 4)
+    got = jax.jit(partial(form, jax.nn.silu))(X, here, kept, own, stack)
+    np.testing.assert_allclose(got, every_expert(X, chosen, kept, *own), atol=1e-4)
+    grad = jax.random.normal(jax.random.key(0), X.shape)
+    found = jax.jit(partial(form.pull, jax.nn.silu))(X, here, kept, own, stack, grad)
+    dense = lambda x, weights, own: every_expert(x, chosen, jnp.where(away, 0, weights), *own)  # noqa: E731
+    wanted = jax.vjp(dense, X, kept, own)[1](grad)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-4)
+
+
 def test_an_expert_that_nobody_chose_is_not_read():
     """Nor multiplied by nothing: not even its infinities are felt. Its gradient is zero."""
     chosen = jnp.asarray(np.random.default_rng(0).choice([1, 4, 6], (TOKENS, 1)), jnp.int32)

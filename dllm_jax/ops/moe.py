@@ -5,6 +5,7 @@ so the work is that of the experts chosen, not of all of them.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -147,7 +148,9 @@ def experts(
             chosen = chosen - jax.lax.axis_index(*by) * count
             here = (chosen >= 0) & (chosen < count)
             chosen, weights = jnp.where(here, chosen, count), jnp.where(here, weights, 0)
-        made = _of_tokens(activation, x, chosen, weights, arrays["own"], arrays.get("stack"), by)
+        parts = math.prod(sizes[axis] for axis in by)
+        stack = arrays.get("stack")
+        made = _of_tokens(activation, x, chosen, weights, arrays["own"], stack, parts)
         if columns:
             made = jax.lax.psum(made, columns)
         if travels:
@@ -157,52 +160,58 @@ def experts(
     return mapped(run, (specs,), specs["x"])(arrays)
 
 
-def _of_tokens(activation, x, chosen, weights, own, stack, by=()) -> jax.Array:
+def _of_tokens(activation, x, chosen, weights, own, stack, parts=1) -> jax.Array:
     """`experts` of one device.
 
     Args:
-      by: whether there are others, whose pairs have a number that no expert here has.
+      parts: devices that share the experts; pairs of the others have a number that none has here.
     """
     if stack is None:
         stack = Stack(jnp.int32(0), *(matrices[None] for matrices in jax.lax.stop_gradient(own)))
     flat = (y.reshape(-1, y.shape[-1]) for y in (x, chosen, weights))
-    return _experts(activation, bool(by), *flat, own, stack).reshape(x.shape)
+    return _experts(activation, parts, *flat, own, stack).reshape(x.shape)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _experts(activation, partly, *args):
+def _experts(activation, parts, *args):
     def run(way, *args):
         return way(activation, *args)
 
-    return _on_platform(partly, run, *args)
+    return _on_platform(parts, run, *args)
 
 
-def _forward(activation, partly, *args):
-    return _experts(activation, partly, *args), args
+def _forward(activation, parts, *args):
+    return _experts(activation, parts, *args), args
 
 
-def _backward(activation, partly, saved, grad):
+def _backward(activation, parts, saved, grad):
     def pull(way, x, chosen, weights, own, stack, grad):
+        if isinstance(way, _Pieces):
+            x, weights, own = way.pull(activation, x, chosen, weights, own, stack, grad)
+            return x, weights, own
+
         def run(x, weights, own):
             return way(activation, x, chosen, weights, own, stack)
 
         return jax.vjp(run, x, weights, own)[1](grad)
 
-    x, weights, own = _on_platform(partly, pull, *saved, grad)
+    x, weights, own = _on_platform(parts, pull, *saved, grad)
     return x, None, weights, own, None
 
 
 _experts.defvjp(_forward, _backward)
 
 
-def _on_platform(partly, run, *args):
+def _on_platform(parts, run, *args):
     """`run` with the way to multiply of the platform that the program is compiled for."""
+    # Over several devices the stack would be gathered as a whole, not layer by layer.
+    stacked = kernels_of() == "tpu"
+    ragged_way = partial(_ragged, stacked) if parts == 1 else _Pieces(stacked, parts)
     return jax.lax.platform_dependent(
         *args,
         cpu=partial(run, partial(_tiled, 1)),
         cuda=partial(run, partial(_tiled, _TILES_ON_GPU)),
-        # Over several devices the stack would be gathered as a whole, not layer by layer.
-        default=partial(run, partial(_ragged, kernels_of() == "tpu", partly=partly)),
+        default=partial(run, ragged_way),
     )
 
 
@@ -219,14 +228,18 @@ def _tiled(at_once, activation, x, chosen, weights, own, stack):
     return _summed(out, weights).astype(x.dtype)
 
 
-def _ragged(stacked, activation, x, chosen, weights, own, stack, *, partly=False):
+def _ragged(stacked, activation, x, chosen, weights, own, stack):
     flat = chosen.reshape(-1)
     order = jnp.argsort(flat)  # stable: pairs of one expert stay in the order of their tokens
     sizes = jnp.bincount(flat, length=len(own[0])).astype(jnp.int32)
+    rows = x[order // chosen.shape[1]]
+    out = _multiplied(stacked, activation, rows, own, stack, sizes)
+    out = jnp.zeros_like(out).at[order].set(out, unique_indices=True)
+    return _summed(out.reshape(*chosen.shape, -1), weights).astype(x.dtype)
 
-    def kept(rows):
-        """Nothing in the rows of other devices' pairs, the last ones, which no group has."""
-        return jnp.where(jnp.arange(len(rows))[:, None] < sizes.sum(), rows, 0) if partly else rows
+
+def _multiplied(stacked, activation, rows, own, stack, sizes):
+    """What their experts make of rows that lie in the order of experts."""
 
     def product(rows, own, matrices):
         if not stacked:
@@ -234,10 +247,85 @@ def _ragged(stacked, activation, x, chosen, weights, own, stack, *, partly=False
         return ragged(rows, own, matrices, stack.layer, sizes)
 
     gate, up, down = zip(own, stack[1:], strict=True)
-    rows = kept(x[order // chosen.shape[1]])
-    out = kept(product(activation(product(rows, *gate)) * product(rows, *up), *down))
-    out = jnp.zeros_like(out).at[order].set(out, unique_indices=True)
-    return _summed(out.reshape(*chosen.shape, -1), weights).astype(x.dtype)
+    return product(activation(product(rows, *gate)) * product(rows, *up), *down)
+
+
+class _Pieces(NamedTuple):
+    """As `_ragged`, of those pairs alone that have an expert here, a piece of them at a time.
+
+    A device then holds about its share of the pairs, not all of them; of an uneven choice it takes
+    more pieces than one, as many as it needs.
+    """
+
+    stacked: bool
+    parts: int  # devices that share the experts
+
+    def __call__(self, activation, x, chosen, weights, own, stack):
+        lie = _Lie.of(chosen, len(own[0]), self.parts)
+
+        def step(i, total):
+            made = self._made(activation, lie, i, x, weights, own, stack)
+            return total.at[lie.pairs(i) // chosen.shape[1]].add(made)
+
+        total = jax.lax.fori_loop(0, lie.pieces, step, jnp.zeros(x.shape, jnp.float32))
+        return total.astype(x.dtype)
+
+    def pull(self, activation, x, chosen, weights, own, stack, grad):
+        """The gradients of `x`, `weights` and `own`."""
+        lie, given = _Lie.of(chosen, len(own[0]), self.parts), (x, weights, own)
+
+        def step(i, sums):
+            def run(x, weights, own):
+                return self._made(activation, lie, i, x, weights, own, stack)
+
+            own_grad = grad[lie.pairs(i) // chosen.shape[1]].astype(jnp.float32)
+            found = jax.vjp(run, *given)[1](own_grad)
+            return jax.tree.map(lambda total, y: total + y.astype(total.dtype), sums, found)
+
+        sums = jax.tree.map(lambda y: jnp.zeros(y.shape, jnp.float32), given)
+        sums = jax.lax.fori_loop(0, lie.pieces, step, sums)
+        return jax.tree.map(lambda total, y: total.astype(y.dtype), sums, given)
+
+    def _made(self, activation, lie: "_Lie", i, x, weights, own, stack) -> jax.Array:
+        """What the experts make of the pairs of a piece, by their weights, float32."""
+        pairs, there = lie.pairs(i), lie.there(i)[:, None]
+        rows = jnp.where(there, x[pairs // weights.shape[1]], 0)
+        out = _multiplied(self.stacked, activation, rows, own, stack, lie.sizes_of(i))
+        # No group has the rows behind the last pair: what is there is nothing's product.
+        return jnp.where(there, out, 0).astype(jnp.float32) * weights.reshape(-1)[pairs][:, None]
+
+
+class _Lie(NamedTuple):
+    """Where the pairs of a device lie: in the order of their experts, those of others last."""
+
+    order: jax.Array  # int32[n * P]
+    ends: jax.Array  # int32[E]: of each expert's pairs
+    size: int  # P, of a piece
+
+    @classmethod
+    def of(cls, chosen, experts: int, parts: int) -> "_Lie":
+        flat = chosen.reshape(-1)
+        size = min(-(-5 * flat.size // (4 * parts * 8)) * 8, flat.size)  # a quarter above its share
+        order = jnp.argsort(flat).astype(jnp.int32)
+        order = jnp.pad(order, (0, -flat.size % size))
+        return cls(order, jnp.cumsum(jnp.bincount(flat, length=experts)).astype(jnp.int32), size)
+
+    @property
+    def pieces(self) -> jax.Array:
+        """How many hold a pair of this device's."""
+        return -(-self.ends[-1] // self.size)
+
+    def pairs(self, i) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(self.order, i * self.size, self.size)
+
+    def there(self, i) -> jax.Array:
+        """Which of a piece's pairs are this device's."""
+        return i * self.size + jnp.arange(self.size) < self.ends[-1]
+
+    def sizes_of(self, i) -> jax.Array:
+        """Pairs of each expert in a piece."""
+        ends = jnp.clip(self.ends - i * self.size, 0, self.size)
+        return jnp.diff(ends, prepend=0)
 
 
 def _summed(out: Float[Array, "T k D"], weights: Float[Array, "T k"]) -> Float[Array, "T D"]:
