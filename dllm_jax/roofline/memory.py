@@ -54,7 +54,7 @@ def train_memory(
     return {
         "weights": sum(p.held * p.size for p in held),
         "optimiser": 2 * trained,
-        "gradients": trained * streams,
+        "gradients": trained * (streams + (accumulate > 1)),  # and the sum over parts
         "cache": (1 + streams) * cache_bytes(config, layout, batch, length),
         "saved": streams * tokens * config.dim * config.num_layers * item,
         "activations": activations(config, layout, batch, length, kept=False, gradient=True),
@@ -98,7 +98,8 @@ def activations(
 
     Hidden states, what the layer makes of them, and the entries' own keys and values of all layers,
     which are stacked before they are packed. Tokens of experts lie once for each expert that they
-    chose, before and behind it, and those of all rows of the `expert` axis on each of its devices.
+    chose, before and behind it. Over the `expert` axis a device has a piece of such pairs, a quarter
+    above its share, the tokens of all rows of the axis, and in float32 what is made of them.
 
     Args:
       kept: the keys and values are cached after the pass.
@@ -111,6 +112,9 @@ def activations(
     heads = max((k.heads + 2 * k.kv_heads) * k.size for k in own)
     sizes, routed = config.sizes(), getattr(config, "moe", None) or config
     dense = (sizes.get("F", 0) + sizes.get("s", 0)) // layout.get("tensor", 1)
-    chosen = getattr(routed, "experts_per_token", 0) * layout.get("expert", 1)
+    chosen, expert = getattr(routed, "experts_per_token", 0), layout.get("expert", 1)
     mixed = chosen * (3 if gradient else 2) * config.dim
+    if expert > 1:
+        wide = 4 // item
+        mixed = mixed * 5 // 4 + expert * config.dim * (2 + 2 * wide if gradient else 1 + wide)
     return tokens * (2 * fresh + 4 * config.dim + max(heads, 3 * dense, mixed)) * item
