@@ -98,8 +98,8 @@ def activations(
 
     Hidden states, what the layer makes of them, and the entries' own keys and values of all layers,
     which are stacked before they are packed. Tokens of experts lie once for each expert that they
-    chose, before and behind it. Over the `expert` axis a device has a piece of such pairs, about its
-    share of them, the tokens of all rows of the axis, and in float32 what is made of them.
+    chose, before and behind it. Over the `expert` axis a device has a piece of such pairs, about
+    its share of them, the tokens of all rows of the axis, and in float32 what is made of them.
 
     Args:
       kept: the keys and values are cached after the pass.
