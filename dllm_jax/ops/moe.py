@@ -187,8 +187,7 @@ def _forward(activation, parts, *args):
 def _backward(activation, parts, saved, grad):
     def pull(way, x, chosen, weights, own, stack, grad):
         if isinstance(way, _Pieces):
-            x, weights, own = way.pull(activation, x, chosen, weights, own, stack, grad)
-            return x, weights, own
+            return way.pull(activation, x, chosen, weights, own, stack, grad)
 
         def run(x, weights, own):
             return way(activation, x, chosen, weights, own, stack)
