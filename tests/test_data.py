@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dllm_jax import data
-from dllm_jax.data import Conversations, batches, write_part
+from dllm_jax.data import Conversations, batches, conversations, write_part
 
 PAD = 99
 
@@ -51,7 +50,7 @@ def test_what_is_written_is_read(tmp_path):
     source = Conversations(tmp_path, "train")
     assert len(source) == 8
     for i in range(8):
-        tokens, prompt = source[i]
+        tokens, prompt, *_ = source[i]
         np.testing.assert_array_equal(tokens, conversation(i))
         assert (tokens.dtype, prompt) == (np.int32, 2)
     assert source.answer_tokens == sum(len(conversation(i)) - 2 for i in range(8))
@@ -79,7 +78,7 @@ def test_a_crash_leaves_no_part(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(data.np, "savez_compressed", crash)
+        patch.setattr(conversations.np, "savez_compressed", crash)
         with pytest.raises(KeyboardInterrupt):
             write(tmp_path, 4)
     assert [path.name for path in tmp_path.iterdir()] == ["train-00000.partial"]
@@ -138,6 +137,6 @@ def test_a_saved_position_gives_the_batches_that_follow(source, seen):
         assert same(first(restored, 5), following)
 
 
-def test_too_few_conversations_are_counted(source):
-    with pytest.raises(ValueError, match="12 conversations do not fill a batch of 13"):
+def test_too_few_rows_are_counted(source):
+    with pytest.raises(ValueError, match="12 rows do not fill a batch of 13"):
         batches(source, batch=13, length=9, pad_id=PAD, seed=0)

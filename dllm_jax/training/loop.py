@@ -26,7 +26,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from dllm_jax import distributed
-from dllm_jax.data import Conversations, batches
+from dllm_jax.data import Source, batches
 from dllm_jax.losses import Objective
 from dllm_jax.nn.transformer import Transformer
 from dllm_jax.sharding import EVERY, Rules, mesh_of, scope, shardings
@@ -69,8 +69,8 @@ def fit(
     state: TrainState,
     objective: Objective,
     tx: optax.GradientTransformation,
-    source: Conversations,
-    heldout: Conversations | None = None,
+    source: Source,
+    heldout: Source | None = None,
     *,
     rules: Rules = EVERY,
 ) -> TrainState:
@@ -103,7 +103,7 @@ def fit(
     key = jax.random.key(config.seed)
     budget = float("inf") if config.minutes is None else 60 * config.minutes
     deadline = time.monotonic() + budget
-    numbers = {"seed": config.seed, **shape, "conversations": len(source)}
+    numbers = {"seed": config.seed, **shape, "rows": len(source)}
     folder = config.checkpoints or run / "checkpoints"
     first, alone = distributed.is_first(), jax.process_count() == 1
     with scope(params), records.interrupts() as interrupted:
@@ -151,10 +151,10 @@ def fit(
 
 
 def evaluate(
-    model: Transformer, params: Params, objective: Objective, source: Conversations, *, batch: int,
+    model: Transformer, params: Params, objective: Objective, source: Source, *, batch: int,
     length: int, seed: int = 0, limit: int = 64, rules: Rules = EVERY,
 ) -> dict[str, float]:  # fmt: skip
-    """Mean figures of the objective over `limit` conversations, the same ones for the same seed."""
+    """Mean figures of the objective over `limit` rows, the same ones for the same seed."""
     mesh = _mesh_of(params)
     batch = min(batch, len(source))
     feed = Feed(batch, mesh, rules, whole=True)

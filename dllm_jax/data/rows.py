@@ -1,0 +1,26 @@
+"""One text to learn from, and what a source of them is."""
+
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+
+class Row(NamedTuple):
+    """A text of `n` ids, and what of it is to be learnt."""
+
+    tokens: np.ndarray  # int32[n]
+    prompt: int = 0  # the first ids, which are given: they are never noised, and cost nothing
+    given: np.ndarray | None = None  # bool[n]: others that are given, in any pattern
+    segments: np.ndarray | None = None  # int32[n]: the document of each token, in packed rows
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Rows by number, for `batches`: the same row for the same number, always.
+
+    Of one source either all rows have `given` (or `segments`), or none has.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Row: ...
