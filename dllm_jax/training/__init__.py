@@ -7,7 +7,7 @@ it writes for people.
 
 from dllm_jax.training.checkpoints import average, restore
 from dllm_jax.training.curves import Curves, plot
-from dllm_jax.training.loop import Evaluation, Fit, evaluate, fit
+from dllm_jax.training.loop import Evaluation, Fit, OnSpike, evaluate, fit
 from dllm_jax.training.optimisers import Optimiser
 from dllm_jax.training.records import read_metrics
 from dllm_jax.training.spikes import Spike, read_spike
@@ -19,6 +19,7 @@ __all__ = [
     "Curves",
     "Evaluation",
     "Fit",
+    "OnSpike",
     "Optimiser",
     "Spike",
     "TrainState",

@@ -1,12 +1,13 @@
 """How batches get onto a mesh: which rows this process reads, and where they go."""
 
+import math
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from dllm_jax.sharding import Rules, mesh_of, shardings
+from dllm_jax.sharding import Rules, make_mesh, mesh_of, shardings
 from dllm_jax.typing import Params
 
 
@@ -79,3 +80,24 @@ def training_mesh(params: Params) -> Mesh | None:
             "parameters on it (load with mesh=make_mesh())"
         )
     return mesh
+
+
+def mesh_for(batch: int, *, accumulate: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh | None:
+    """A mesh that a run suits: all devices, or as many as a lone process can use; None: one is.
+
+    The batch is split over the devices that `fsdp` and `tensor` leave: all of them, or as many as
+    it divides over where one process has them all.
+    """
+    devices, split = jax.device_count(), fsdp * tensor
+    rows = max(batch // accumulate // fsdp, 1)
+    data = -1 if jax.process_count() > 1 else math.gcd(rows, max(devices // split, 1))
+    if data * split == 1:
+        return None
+    return make_mesh(data=data, fsdp=fsdp, tensor=tensor)
+
+
+def gathered(tree: Params, mesh: Mesh | None) -> Params:
+    """A small tree, whole on every device: one process can read it."""
+    if mesh is None:
+        return tree
+    return jax.jit(lambda tree: tree, out_shardings=shardings((), mesh, Rules()))(tree)

@@ -43,6 +43,9 @@ Evaluation = Callable[[Params, int], Found]
 """Figures of parameters at a step, and samples: strings."""
 
 
+OnSpike = Literal["stop", "skip", "ignore"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fit:
     """How long a run lasts, and what it leaves behind."""
@@ -56,7 +59,7 @@ class Fit:
     """Parts of a batch that are passed one after the other, for the memory of one."""
     ema: float = 0.0
     """Decay of a running average of the parameters, which is evaluated; 0: there is none."""
-    on_spike: Literal["stop", "skip", "ignore"] = "stop"
+    on_spike: OnSpike = "stop"
     """A step whose loss or gradient is not finite, or a spike: it is not applied, its batch is
     kept, and the run stops or goes on; ignore: it is applied."""
     spike: float = 0.0
