@@ -1,5 +1,6 @@
 """Runs as files say, with any field changed on the command line; and their curves."""
 
+import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, TypeVar
 import tyro
 
 from dllm_jax import adaptation, distributed, pretraining, training
+from dllm_jax.bench import ceilings
 from dllm_jax.cli import terminal
 from dllm_jax.cli.options import Adapt, Plot, Train
 
@@ -18,7 +20,7 @@ def train(command: Train) -> None:
     """Trains as a file says."""
     config = _changed(command.config, pretraining.Train, command.fields, "train")
     distributed.initialize()
-    pretraining.train(config)
+    pretraining.train(_with_peak(config))
 
 
 def adapt(command: Adapt) -> None:
@@ -64,6 +66,15 @@ def load_config(name: str, kind: type[T]) -> T:
             f"{file} exports no {kind.__name__} named {chosen or 'config'}; there are {there}"
         )
     return found
+
+
+def _with_peak(config: pretraining.Train) -> pretraining.Train:
+    """The config with the rate of matrix products that is measured here, where it names none."""
+    if config.fit.peak_flops is not None:
+        return config
+    rate = ceilings.rate(config.dtype, seconds=0.3)
+    terminal.note(f"mfu is a share of {rate:.3g} FLOP/s a device, measured on matrix products")
+    return dataclasses.replace(config, fit=dataclasses.replace(config.fit, peak_flops=rate))
 
 
 def _changed(name: str, kind: type[T], fields: tuple[str, ...], command: str) -> T:

@@ -8,6 +8,7 @@ matrices is read off the model's logical axes: the arrays of stacked layers and 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal, cast, get_args
 
 import jax
@@ -148,32 +149,28 @@ def _direction(o: Optimiser, config: Config | None) -> list[optax.GradientTransf
     return [optax.partition({"muon": muon, "adam": adam}, functools.partial(_labels, config))]
 
 
-def _axes(config: Any, params: Params) -> Params:
-    """The logical axes of those top-level entries of the parameters that are there."""
+def _of_each(config: Any, params: Params, function: Callable[..., Any]) -> Params:
+    """`function(axes, matrix)` of each parameter that is there: `matrix_axes`, of biases None."""
     axes = param_axes(config)
-    return {name: axes[name] for name in params}
 
+    def one(path: tuple[Any, ...], axes: tuple[str | None, ...]) -> Any:
+        return function(axes, None if "bias" in path[-1].key else matrix_axes(axes))
 
-def _is_axes(node: Any) -> bool:
-    return isinstance(node, tuple)
+    found = {name: axes[name] for name in params}
+    return jax.tree.map_with_path(one, found, is_leaf=lambda node: isinstance(node, tuple))
 
 
 def _labels(config: Any, params: Params) -> Params:
-    return jax.tree.map(
-        lambda axes: "adam" if matrix_axes(axes) is None else "muon",
-        _axes(config, params),
-        is_leaf=_is_axes,
-    )
+    return _of_each(config, params, lambda axes, matrix: "muon" if matrix else "adam")
 
 
 def _dimensions(config: Any, params: Params) -> Params:
     """Which axes of the matrices muon multiplies; what is not its own stays out."""
 
-    def one(axes: tuple[str | None, ...]) -> Any:
-        found = matrix_axes(axes)
-        return optax.MaskedNode() if found is None else contrib.MuonDimensionNumbers(*found)
+    def one(axes: Any, matrix: Any) -> Any:
+        return contrib.MuonDimensionNumbers(*matrix) if matrix else optax.MaskedNode()
 
-    return jax.tree.map(one, _axes(config, params), is_leaf=_is_axes)
+    return _of_each(config, params, one)
 
 
 def _sized(dimensions: Any, updates: Params, params: Params | None = None) -> Params:
@@ -190,8 +187,8 @@ def _sized(dimensions: Any, updates: Params, params: Params | None = None) -> Pa
 
 def _decayed(config: Any, embeddings: bool, params: Params) -> Params:
     """Which parameters decay."""
-    return jax.tree.map(
-        lambda axes: (embeddings and "vocab" in axes) or matrix_axes(axes) is not None,
-        _axes(config, params),
-        is_leaf=_is_axes,
-    )
+
+    def one(axes: Any, matrix: Any) -> bool:
+        return matrix is not None or (embeddings and "vocab" in axes)
+
+    return _of_each(config, params, one)
