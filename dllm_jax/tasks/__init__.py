@@ -5,8 +5,32 @@ source = tasks.Examples(task, "train", 1_000_000)
 for batch in data.batches(source, batch=64, length=task.length, pad_id=0, seed=0): ...
 """
 
+from dllm_jax.tasks.accuracy import Answers, Solved, judged, solve
+from dllm_jax.tasks.addition import Addition
+from dllm_jax.tasks.brackets import Brackets
+from dllm_jax.tasks.countdown import Countdown
+from dllm_jax.tasks.path_star import PathStar
+from dllm_jax.tasks.recall import Recall
+from dllm_jax.tasks.repair import Repair
 from dllm_jax.tasks.sudoku import Sudoku
 from dllm_jax.tasks.table import TASKS, named
 from dllm_jax.tasks.task import Examples, Task, Vocabulary
 
-__all__ = ["TASKS", "Examples", "Sudoku", "Task", "Vocabulary", "named"]
+__all__ = [
+    "TASKS",
+    "Addition",
+    "Answers",
+    "Brackets",
+    "Countdown",
+    "Examples",
+    "PathStar",
+    "Recall",
+    "Repair",
+    "Solved",
+    "Sudoku",
+    "Task",
+    "Vocabulary",
+    "judged",
+    "named",
+    "solve",
+]

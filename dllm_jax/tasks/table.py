@@ -3,10 +3,18 @@
 import dataclasses
 from typing import Any
 
+from dllm_jax.tasks.addition import Addition
+from dllm_jax.tasks.brackets import Brackets
+from dllm_jax.tasks.countdown import Countdown
+from dllm_jax.tasks.path_star import PathStar
+from dllm_jax.tasks.recall import Recall
+from dllm_jax.tasks.repair import Repair
 from dllm_jax.tasks.sudoku import Sudoku
 from dllm_jax.tasks.task import Task
 
-TASKS: dict[str, type] = {kind.name: kind for kind in (Sudoku,)}
+_KINDS = (Sudoku, Countdown, PathStar, Addition, Brackets, Repair, Recall)
+
+TASKS: dict[str, type] = {kind.name: kind for kind in _KINDS}
 
 
 def named(name: str, **fields: Any) -> Task:
