@@ -5,7 +5,7 @@ source = tasks.Examples(task, "train", 1_000_000)
 for batch in data.batches(source, batch=64, length=task.length, pad_id=0, seed=0): ...
 """
 
-from dllm_jax.tasks.accuracy import Answers, Solved, judged, solve
+from dllm_jax.tasks.accuracy import Answer, Solved, judged, solve
 from dllm_jax.tasks.addition import Addition
 from dllm_jax.tasks.brackets import Brackets
 from dllm_jax.tasks.countdown import Countdown
@@ -19,7 +19,7 @@ from dllm_jax.tasks.task import Examples, Task, Vocabulary
 __all__ = [
     "TASKS",
     "Addition",
-    "Answers",
+    "Answer",
     "Brackets",
     "Countdown",
     "Examples",

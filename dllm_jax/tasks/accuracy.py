@@ -25,13 +25,13 @@ class Solved(NamedTuple):
     right: np.ndarray  # bool[count]
 
 
-class Answers(NamedTuple):
-    """Answered rows, and what each cost."""
+class Answer(NamedTuple):
+    """An answered row, and what it cost."""
 
-    rows: list[np.ndarray]  # int32[n] each: the question and the answer
-    tokens: np.ndarray  # int[count]: of the answer, its end included
-    passes: np.ndarray  # int[count]
-    queries: np.ndarray  # int[count]: entries processed
+    row: np.ndarray  # int32[n]: the question and the answer
+    tokens: int  # of the answer, its end included
+    passes: int  # forward passes
+    queries: int  # entries processed in them
 
 
 def solve(
@@ -61,7 +61,8 @@ def solve(
         `infill`.
     """
     _check_ids(model.config, task)
-    rows = list(Examples(task, split, count, seed))
+    source = Examples(task, split, count, seed)
+    rows = [source[i] for i in range(count)]
     batch = min(batch, count)
     found = []
     for first in range(0, count, batch):
@@ -69,50 +70,55 @@ def solve(
         filled = part + part[-1:] * (batch - len(part))
         numbers = jnp.arange(first, first + batch)
         keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(numbers)
-        made = _answer(model, params, task, filled, recipe, keys)
-        found.append(Answers(*(part_of[: len(part)] for part_of in made)))
-    joined = [[row for part in found for row in part.rows]]
-    costs = zip(*(part[1:] for part in found), strict=True)
-    return judged(task, rows, Answers(*joined, *(np.concatenate(cost) for cost in costs)))
+        found += _answered(model, params, task, filled, recipe, keys)[: len(part)]
+    return judged(task, rows, found)
 
 
-def judged(task: Task, rows: Sequence[Row], answers: Answers) -> Solved:
+def judged(task: Task, rows: Sequence[Row], answers: Sequence[Answer]) -> Solved:
     """What of the answers is right, and the mean of what they cost."""
-    pairs = zip(rows, answers.rows, strict=True)
-    right = np.array([task.check(row, answer) for row, answer in pairs])
+    pairs = zip(rows, answers, strict=True)
+    right = np.array([task.check(row, answer.row) for row, answer in pairs])
     accuracy = float(right.mean())
     return Solved(
         accuracy,
         float(np.sqrt(accuracy * (1 - accuracy) / len(right))),
-        float(answers.passes.mean()),
-        float(answers.queries.sum() / max(answers.tokens.sum(), 1)),
-        answers.rows,
+        float(np.mean([answer.passes for answer in answers])),
+        sum(answer.queries for answer in answers) / max(sum(a.tokens for a in answers), 1),
+        [answer.row for answer in answers],
         right,
     )
 
 
-def _answer(model, params, task: Task, rows: Sequence[Row], recipe: Recipe, keys) -> Answers:
+def _answered(
+    model: Any, params: Params, task: Task, rows: Sequence[Row], recipe: Recipe, keys: Key | None
+) -> list[Answer]:
     if task.layout == "canvas":
+        prompts = [row.tokens[:0] for row in rows]
         asked = [
-            [int(t) if given else None for t, given in zip(row.tokens, row.given, strict=True)]
+            [int(t) if g else None for t, g in zip(row.tokens, np.asarray(row.given), strict=True)]
             for row in rows
         ]
         result = infill(model, params, asked, recipe=recipe, key=keys)
-        tokens = np.array([row.count(None) for row in asked])
-        prompts = [row.tokens[:0] for row in rows]
+        tokens = [row.count(None) for row in asked]
     else:
         prompts = [row.tokens[: row.prompt] for row in rows]
         result = generate(
             model, params, [prompt.tolist() for prompt in prompts], recipe=recipe,
             max_new_tokens=task.answer_length, key=keys,
         )  # fmt: skip
-        tokens = np.asarray(result.lengths)
-    written, lengths = np.asarray(result.tokens), np.asarray(result.lengths)
-    whole = [
-        np.concatenate([prompt, row[:length]])
-        for prompt, row, length in zip(prompts, written, lengths, strict=True)
+        tokens = np.asarray(result.lengths).tolist()
+    written, lengths, passes, queries = (
+        np.asarray(x) for x in (result.tokens, result.lengths, result.nfe, result.queries)
+    )
+    return [
+        Answer(
+            np.concatenate([prompt, written[r, : lengths[r]]]),
+            tokens[r],
+            int(passes[r]),
+            int(queries[r]),
+        )
+        for r, prompt in enumerate(prompts)
     ]
-    return Answers(whole, tokens, np.asarray(result.nfe), np.asarray(result.queries))
 
 
 def _check_ids(config: Any, task: Task) -> None:

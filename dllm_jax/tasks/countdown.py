@@ -73,15 +73,15 @@ class Countdown:
             given = [int(x) for x in draw.integers(1, self.largest, self.numbers, endpoint=True)]
             at_hand, equations = list(given), []
             while len(at_hand) > 1:
-                i, j = draw.choice(len(at_hand), 2, replace=False)
-                a, b = at_hand[i], at_hand[j]
-                signs = [sign for sign in "+-*/" if 0 < (result(a, sign, b) or 0) <= _LARGEST]
+                rest = list(at_hand)
+                a, b = (rest.pop(draw.integers(len(rest))) for _ in range(2))
+                made = {sign: result(a, sign, b) or 0 for sign in "+-*/"}
+                signs = [sign for sign in made if 0 < made[sign] <= _LARGEST]
                 if not signs:
                     break
                 sign = signs[draw.integers(len(signs))]
-                at_hand = [x for n, x in enumerate(at_hand) if n not in (i, j)]
-                at_hand.append(result(a, sign, b) or 0)
-                equations.append(f"{a}{sign}{b}={at_hand[-1]}")
+                at_hand = [*rest, made[sign]]
+                equations.append(f"{a}{sign}{b}={made[sign]}")
             target = at_hand[-1]
             if len(at_hand) == 1 and self.targets[0] <= target <= self.targets[1]:
                 question = f"{','.join(map(str, given))}:{target}|"

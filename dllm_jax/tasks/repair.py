@@ -26,8 +26,8 @@ _WORD = 4
 class Repair:
     """A sentence with replaced tokens, `=`, and the sentence as it was.
 
-    A word is four digits: a, b, a + b and a - b modulo 7. Two words differ in at least three of them
-    (any two of the digits tell the others), so a word with one wrong digit is near one word only. A
+    A word is four digits: a, b, a + b and a - b modulo 7. Any two of them tell the others, so two
+    words differ in at least three, and a word with one wrong digit is near one word only. A
     sentence has at most one wrong digit in a word: there is one answer.
 
     The answer's place is known, so there are both layouts.
