@@ -29,7 +29,7 @@ from dllm_jax.tasks.task import (
     written,
 )
 
-BLOCK = 64  # puzzles of a file in the cache
+BLOCK = 16  # puzzles of a file in the cache
 VERSION = 1  # of what is in those files
 
 # Clues of a puzzle: mean and deviation of the normal that is rounded and cut to least .. most.
