@@ -49,6 +49,7 @@ class TransformerConfig:
     max_length: int = 8192
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None  # for texts longer than those of the first training
+    learned_positions: bool = False  # beside RoPE a vector for each of max_length positions (GPT-2)
     rotary_dim: int = 0  # RoPE turns the first ones of each head; 0: the whole head
     norm_eps: float = 1e-5
     tied_head: bool = False  # the output projection is the embedding, transposed
@@ -217,6 +218,9 @@ class Transformer(nn.Module):
             config, mask, angles, adapter, gate, cache, cache_end, hole, lengths, segments
         )
         hidden = embed(tree, config, tokens, gate)
+        if config.learned_positions:
+            at = jnp.minimum(positions, config.max_length - 1)
+            hidden = hidden + lookup(tree["positions"], at).astype(config.dtype)
         hidden, kv = _run(context, tree, hidden, frozen_layers)
         hidden = rms_norm(hidden, tree["final_norm"], config.norm_eps)
         return Output(constrain(hidden, "batch", "length"), kv)
