@@ -51,7 +51,9 @@ def orthogonal(matrix: np.ndarray) -> np.ndarray:
 
 def test_muon_makes_each_matrix_of_a_stack_orthogonal_at_the_size_of_adamw():
     update = update_of(dataclasses.replace(PLAIN, kind="muon"))
-    grad, got = (np.asarray(tree["layers"]["attention"]["q"], np.float64) for tree in (GRADS, update))
+    grad, got = (
+        np.asarray(tree["layers"]["attention"]["q"], np.float64) for tree in (GRADS, update)
+    )
     for layer in range(CONFIG.num_layers):
         expected = orthogonal(grad[layer].reshape(CONFIG.dim, -1))
         expected *= -0.1 * 0.2 * max(expected.shape) ** 0.5
