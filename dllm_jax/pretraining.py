@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from tyro.conf import OmitArgPrefixes
+from tyro.conf import Fixed, OmitArgPrefixes
 
 from dllm_jax import distributed, training
 from dllm_jax.checkpoint import load, save
@@ -31,6 +31,7 @@ from dllm_jax.nn.transformer import TransformerConfig
 from dllm_jax.nn.tree import Config, param_axes, param_shapes
 from dllm_jax.recipes import Recipe
 from dllm_jax.sharding import shardings
+from dllm_jax.tasks import Examples, Task, solve
 from dllm_jax.tokenizer import Tokenizer
 from dllm_jax.training.feed import mesh_for
 from dllm_jax.training.loop import Found
@@ -71,6 +72,54 @@ class ConversationData:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskData:
+    """Questions of a task, with their answers."""
+
+    task: Task
+    rows: int = 1_000_000
+    """To train on; each is made when it is read."""
+    heldout: int = 256
+    """Held out."""
+    seed: int = 0
+    filled: bool = False
+    """Answers go on with ends to the longest: what a canvas of a fixed length sees."""
+
+    def source(self, split: str) -> Source:
+        """As `Data`."""
+        count = self.rows if split == "train" else self.heldout
+        return Examples(self.task, split, count, self.seed, filled=self.filled)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskAccuracy:
+    """How many held-out questions of a task a model answers, and in how many passes."""
+
+    task: Task
+    recipe: Fixed[Recipe]
+    """How it is decoded."""
+    count: int = 128
+    """Questions."""
+    show: int = 1
+    """Answers that go to the samples."""
+    split: str = "heldout"
+    seed: int = 0
+
+    def __call__(self, model: Any, params: Params, step: int) -> Found:
+        """As `Evaluation`."""
+        found = solve(
+            model, params, self.task, recipe=self.recipe, count=self.count, split=self.split,
+            seed=self.seed, key=jax.random.key(self.seed),
+        )  # fmt: skip
+        return {
+            "accuracy": found.accuracy,
+            "stderr": found.stderr,
+            "passes": found.passes,
+            "overhead": found.overhead,
+            "answers": [self.task.show(answer) for answer in found.answers[: self.show]],
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Train:
     """A run, and what it leaves."""
 
@@ -104,7 +153,7 @@ class Train:
     others."""
     export: Path | None = None
     """Write the model here, at any step; by default to <run>/model at the last one."""
-    recipe: Recipe | None = None
+    recipe: Fixed[Recipe | None] = None
     """How the model that is written is decoded by default."""
 
 
