@@ -10,7 +10,7 @@ import json
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -140,7 +140,7 @@ def adapt(config: Adapt) -> None:
         config.batch, accumulate=config.accumulate, fsdp=config.fsdp, tensor=config.tensor
     )
     base, params = pretraining.start(
-        config.model, config.seed, mesh, cast(str, config.param_dtype), adapter=config.init
+        config.model, config.seed, mesh, config.param_dtype, adapter=config.init
     )
     settings = adapted(base.config, config)
     if config.adapter is not None and config.init is None:

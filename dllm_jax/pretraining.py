@@ -31,7 +31,7 @@ from dllm_jax.nn.transformer import TransformerConfig
 from dllm_jax.nn.tree import Config, param_axes, param_shapes
 from dllm_jax.recipes import Recipe
 from dllm_jax.sharding import shardings
-from dllm_jax.tasks import Examples, Task, solve
+from dllm_jax.tasks import Examples, solve
 from dllm_jax.tokenizer import Tokenizer
 from dllm_jax.training.feed import mesh_for
 from dllm_jax.training.loop import Found
@@ -75,7 +75,8 @@ class ConversationData:
 class TaskData:
     """Questions of a task, with their answers."""
 
-    task: Task
+    task: Any
+    """A `tasks.Task`; its fields are options too."""
     rows: int = 1_000_000
     """To train on; each is made when it is read."""
     heldout: int = 256
@@ -94,7 +95,8 @@ class TaskData:
 class TaskAccuracy:
     """How many held-out questions of a task a model answers, and in how many passes."""
 
-    task: Task
+    task: Any
+    """A `tasks.Task`."""
     recipe: Fixed[Recipe]
     """How it is decoded."""
     count: int = 128
@@ -191,12 +193,14 @@ def train(config: Train) -> tuple[Any, Params]:
 
 
 def start(
-    model: Config | str, seed: int, mesh: Mesh | None, param_dtype: str, **options: Any
+    model: Config | str, seed: int, mesh: Mesh | None, param_dtype: str | None, **options: Any
 ) -> tuple[Any, Params]:
     """A model and its parameters: random ones of the seed, or those that `load` finds."""
     if isinstance(model, str):
         return load(model, dtype=param_dtype, mesh=mesh, **options)
-    config: Any = dataclasses.replace(model, param_dtype=param_dtype)  # pyrefly: ignore
+    config: Any = model
+    if param_dtype is not None:
+        config = dataclasses.replace(config, param_dtype=param_dtype)
     module = config.build()
 
     def init(key: jax.Array) -> Params:

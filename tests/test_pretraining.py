@@ -1,8 +1,10 @@
 """Runs as files say: train, adapt, and what they leave, on tiny models."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -173,22 +175,27 @@ def base(tmp_path_factory) -> Path:
     return folder
 
 
+def phase(until: int, block_size: int) -> Phase:
+    return Phase(until=until, block_size=block_size)
+
+
 def adapt_to(base: Path, run: Path, **fields) -> Adapt:
     given = dict(
         data=Counting(), run=run, model=str(base), mask_id=31, steps=4, batch=4, length=12,
         attention="block_causal", alignment="same_position", save_every=2,
         objective=Diffusion(noise=MaskNoise(block_size=2)),
-        phases=(Phase(until=1, block_size=1), Phase(until=3, block_size=4), Phase(until=9, block_size=2)),
+        phases=(phase(1, 1), phase(3, 4), phase(9, 2)),
         optimiser=training.Optimiser(learning_rate=1e-2, warmup=0, schedule="wsd"),
     )  # fmt: skip
     return Adapt(**{**given, **fields})
 
 
 def test_lora_is_merged_into_a_model_that_loads_and_is_exported(base, tmp_path, capsys):
-    config = adapt_to(base, tmp_path / "run", adapter=AdapterConfig(rank=2, gated=False))
+    lora = AdapterConfig(rank=2, gated=False)
+    config = adapt_to(base, tmp_path / "run", adapter=lora, phases=(phase(9, 2),), steps=2)
     adaptation.adapt(config)
     folder = tmp_path / "run" / "model"
-    assert f"step 4: the model is in {folder}" in capsys.readouterr().out
+    assert f"step 2: the model is in {folder}" in capsys.readouterr().out
     model, params = checkpoint.load(folder)
     assert model.config.adapter is None
     found = model.config
@@ -196,7 +203,7 @@ def test_lora_is_merged_into_a_model_that_loads_and_is_exported(base, tmp_path, 
         "block_causal", 2, "same_position", 31,
     )  # fmt: skip
     # What was trained beside the weights computes what the merged ones do.
-    _, adapter = training.restore(tmp_path / "run", ("adapter",))
+    adapter = jax.device_get(training.restore(tmp_path / "run", ("adapter",))[1])
     apart = Transformer(dataclasses.replace(found, adapter=config.adapter))
     tokens = jnp.arange(24).reshape(2, 12)
     whole = {**checkpoint.load(base)[1], **adapter}
@@ -205,13 +212,20 @@ def test_lora_is_merged_into_a_model_that_loads_and_is_exported(base, tmp_path, 
     assert np.abs(one - forward(model, checkpoint.load(base)[1], tokens).hidden).max() > 1e-3
 
 
-def test_block_sizes_follow_each_other_and_interruptions_leave_no_trace(base, tmp_path):
+@pytest.mark.slow
+def test_block_sizes_follow_each_other_and_interruptions_leave_no_trace(
+    base, tmp_path, monkeypatch
+):
     config = adapt_to(base, tmp_path / "whole", adapter=None, ema=0.5)
     adaptation.adapt(config)
-    for steps in (2, 4):  # interrupted within a phase; the schedule is that of all steps
-        part = dataclasses.replace(config, run=tmp_path / "parts")
-        stop = dataclasses.replace(part, minutes=0.0) if steps == 2 else part
-        adaptation.adapt(stop)
+    part = dataclasses.replace(config, run=tmp_path / "parts")
+    ticks = itertools.count()  # one a look at the clock, of which the first is its start
+    clock = SimpleNamespace(monotonic=lambda: next(ticks))
+    with monkeypatch.context() as patch:
+        patch.setattr(training.loop, "time", clock)
+        adaptation.adapt(dataclasses.replace(part, minutes=1.5 / 60))
+    assert rows(tmp_path / "parts")[-1]["step"] == 2  # within the second phase
+    adaptation.adapt(part)
     left, right = rows(tmp_path / "whole"), rows(tmp_path / "parts")
     assert [row["loss"] for row in left] == [row["loss"] for row in right]
     assert [row["step"] for row in left] == [1, 2, 3, 4]
@@ -241,9 +255,7 @@ def test_what_an_adaptation_cannot_be(base, tmp_path):
         with pytest.raises(ValueError, match=message):
             adaptation.adapt(adapt_to(base, tmp_path, adapter=None, **fields))
     with pytest.raises(ValueError, match=r"phases end at \[3, 1\]"):
-        adapt_to(
-            base, tmp_path, phases=(Phase(until=3, block_size=1), Phase(until=1, block_size=2))
-        )
+        adapt_to(base, tmp_path, phases=(phase(3, 1), phase(1, 2)))
     with pytest.raises(ValueError, match="init is an adapter to start from"):
         adapt_to(base, tmp_path, adapter=None, init=tmp_path)
 
@@ -251,11 +263,12 @@ def test_what_an_adaptation_cannot_be(base, tmp_path):
 def test_a_gated_adapter_by_the_command(base, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
+        "from pathlib import Path\n"
         "from dllm_jax.adaptation import Adapt\n"
         "from dllm_jax.nn.adapters import AdapterConfig\n"
         "from tests.test_pretraining import Counting\n"
-        f"config = Adapt(data=Counting(), run={str(tmp_path / 'run')!r}, model={str(base)!r},\n"
-        "    steps=1, batch=4, length=12, adapter=AdapterConfig(rank=2))\n"
+        f"config = Adapt(data=Counting(), run=Path({str(tmp_path / 'run')!r}),\n"
+        f"    model={str(base)!r}, steps=1, batch=4, length=12, adapter=AdapterConfig(rank=2))\n"
     )
     assert main(["adapt", str(file), "--adapter.rank", "3", "--noise.blocks", "2", "--debug"]) == 0
     meta = json.loads((tmp_path / "run" / "adapter" / "adapter.json").read_text())
