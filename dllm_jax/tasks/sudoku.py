@@ -180,7 +180,7 @@ def _pool(size: int, clues: int | None, seed: int, count: int) -> np.ndarray:
 @lru_cache(64)
 def _block(size: int, clues: int | None, split: str, seed: int, block: int) -> np.ndarray:
     """int8[2, BLOCK, n * n]: some dug puzzles of a split, from the cache if they are there."""
-    kind = f"{size}-{'drawn' if clues is None else clues}-v{VERSION}"
+    kind = f"{size}-{'drawn' if clues is None else clues}-v{VERSION}x{BLOCK}"
     folder = sources.cache_folder() / "sudoku" / kind
     path = folder / f"{split}-{seed}-{block:05d}.npz"
     if path.exists():
