@@ -69,7 +69,8 @@ class _Share:
         self.dataset, self.batch, self.places = dataset, batch, places
 
     def __len__(self) -> int:
-        return len(self.dataset) // self.batch * len(self.places)
+        # Of a sequence that repeats for ever; grain adds to it, and it must fit 63 bits then.
+        return min(len(self.dataset), 1 << 62) // self.batch * len(self.places)
 
     def __getitem__(self, index: int) -> Any:
         number, place = divmod(int(index), len(self.places))

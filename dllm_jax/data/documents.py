@@ -90,7 +90,7 @@ class Documents(Protocol):
 class Listed:
     """Documents that are in memory: texts, or conversations as lists of messages."""
 
-    def __init__(self, items: Sequence[str | Sequence[Message] | Document], strict: bool = False):
+    def __init__(self, items: Sequence[Any], strict: bool = False):
         """Takes a list, not a generator, for it is gone through more than once.
 
         Raises:

@@ -8,16 +8,29 @@ A row is a function of its number alone, and every token of the store is in exac
 epoch of `batches` sees each once.
 """
 
+from typing import Protocol, runtime_checkable
+
 import numpy as np
 
 from dllm_jax.data.rows import Row
-from dllm_jax.data.store import Store
+
+
+@runtime_checkable
+class EndToEnd(Protocol):
+    """What can be packed: a `Store`, or arrays of one's own."""
+
+    tokens: np.ndarray  # of all documents, one behind the other
+    ends: np.ndarray  # int64[N]: where each document ends in them
+    prompts: np.ndarray  # int64[N]: of each document, the first tokens that are given
+    given: np.ndarray | None  # of each token, nonzero where it is given; instead of prompts
 
 
 class Packed:
     """Rows of `length` tokens of a store; a `Source`."""
 
-    def __init__(self, store: Store, length: int, *, whole: bool = False, documents: bool = False):
+    def __init__(
+        self, store: EndToEnd, length: int, *, whole: bool = False, documents: bool = False
+    ):
         """Lays out the rows; no token is read.
 
         Args:
@@ -53,7 +66,7 @@ class Packed:
         pieces = self._row(number)
         store = self.store
         if self.whole:
-            tokens = np.concatenate([store.tokens[begin:end] for _, begin, end in pieces])
+            tokens = np.concatenate([store.tokens[begin:end] for _, begin, end in pieces.tolist()])
         else:
             begin = number * self.length
             tokens = store.tokens[begin : begin + self.length]
@@ -62,7 +75,7 @@ class Packed:
             sizes = pieces[:, 2] - pieces[:, 1]
             segments = np.repeat(np.arange(len(pieces), dtype=np.int32), sizes)
         if self.prompted:
-            given = np.concatenate([self._given(*piece) for piece in pieces])
+            given = np.concatenate([self._given(*piece) for piece in pieces.tolist()])
         return Row(tokens.astype(np.int32), 0, given, segments)
 
     def _row(self, number: int) -> np.ndarray:

@@ -310,10 +310,10 @@ def _chat(document: Document, tokenizer: Tokenizer, learn: str) -> _Encoded | st
             before = tokenizer.chat(messages[:turn])
             upto = tokenizer.chat(messages[: turn + 1], add_generation_prompt=False)
             upto = _trimmed(upto, len(before), tokenizer)
-            if not upto[len(before) :]:
-                return "an empty turn of the assistant"
             if whole[: len(upto)] != upto or upto[: len(before)] != before:
                 return "the template lays a turn out otherwise once others follow"
+            if not upto[len(before) :]:
+                return "an empty turn of the assistant"
             spans.append((len(before), len(upto)))
     except ValueError as error:
         if tokenizer.template is None:
