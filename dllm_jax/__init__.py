@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         policies,
         recipes,
         sharding,
+        tasks,
         training,
     )
     from dllm_jax.checkpoint import (
@@ -65,7 +66,7 @@ _NAMES = {
 _HOME = {name: room for room, names in _NAMES.items() for name in names}
 _ROOMS = (
     "corruption", "data", "distributed", "evaluation", "likelihood", "losses", "policies",
-    "recipes", "sharding", "training",
+    "recipes", "sharding", "tasks", "training",
 )  # fmt: skip
 
 __all__ = [
@@ -101,6 +102,7 @@ __all__ = [
     "save_recipe",
     "sharding",
     "stream",
+    "tasks",
     "training",
 ]
 

@@ -162,13 +162,6 @@ def is_end(tokens: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
     return found
 
 
-def without_mask(logits: jax.Array, mask_id: int | None) -> jax.Array:
-    """The scores with those of a mask token inside the vocabulary at minus infinity."""
-    if mask_id is None or not 0 <= mask_id < logits.shape[-1]:
-        return logits
-    return logits.at[..., mask_id].set(-jnp.inf)
-
-
 def stopped(state: DecodeState, written: jax.Array, ended: jax.Array) -> jax.Array:
     """The stop codes once `written` tokens are final, `ended` rows by an end-of-turn among them."""
     stop = jnp.where(ended, END_OF_TURN, jnp.where(written >= state.limit, LENGTH, RUNNING))

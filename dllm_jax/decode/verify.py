@@ -22,8 +22,8 @@ from dllm_jax.cache import append, cut
 from dllm_jax.decode import prefill
 from dllm_jax.decode.prompt import Memory
 from dllm_jax.decode.start import repeated, spread
-from dllm_jax.decode.state import DecodeState, gather, is_end, stopped, window, without_mask, write
-from dllm_jax.nn.head import logits_of, mask_in_vocabulary, scores_of, stats_of
+from dllm_jax.decode.state import DecodeState, gather, is_end, stopped, window, write
+from dllm_jax.nn.head import logits_of, mask_in_vocabulary, scores_of, stats_of, without_mask
 from dllm_jax.nn.transformer import Transformer, forward
 from dllm_jax.ops.sampling import draw_with, is_filtered, keys_at, probabilities, warmth
 from dllm_jax.recipes import Verified

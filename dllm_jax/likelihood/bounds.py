@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dllm_jax.cache import KVCache
 from dllm_jax.corruption import MaskNoise, NoisyText, UniformNoise
 from dllm_jax.decode.prompt import BUCKET
-from dllm_jax.likelihood.texts import Texts, over_vocabulary, pack
+from dllm_jax.likelihood.texts import Texts, pack
+from dllm_jax.losses import views
+from dllm_jax.nn.head import over_vocabulary
 from dllm_jax.nn.transformer import forward
 from dllm_jax.ops.sampling import uniform
 from dllm_jax.sharding import automatic, in_scope, placed
@@ -180,9 +181,9 @@ def _sampled(model, blocks, times, samples, chunk, params, texts: Texts, keys, n
     def values(numbers) -> Float[Array, "C B"]:
         noisy = jax.vmap(drawn)(numbers)
         if clean is None:
-            hidden = _canvas(model, params, noisy.tokens, texts.lengths)
+            hidden = views.canvases(model, params, noisy.tokens, texts.lengths)
         else:
-            hidden = _blocks(model, params, noisy.tokens, index, clean, texts.lengths, size)
+            hidden = views.blocks(model, params, noisy.tokens, index, clean, texts.lengths, size)
         at = jnp.broadcast_to(texts.at - start[:, None], (chunk, *texts.at.shape))
         shown, level, weights = (jnp.take_along_axis(x, at, axis=2) for x in noisy)
         nats = over_vocabulary(
@@ -208,39 +209,3 @@ def _levels(times: str, keys, sample, samples: int, blocks: int) -> Float[Array,
         turn = (uniform(keys, place, _TURN) * samples).astype(jnp.int32)
         return ((sample[:, None] + turn) % samples + level) / samples
     return level
-
-
-def _canvas(model, params, noisy, lengths) -> Float[Array, "C B Q D"]:
-    """What predicts each entry of noisy canvases [C, B, Q]."""
-    count, batch, entries = noisy.shape
-    out = forward(
-        model, params, noisy.reshape(-1, entries), mask=BlockMask.bidirectional(entries),
-        lengths=jnp.tile(lengths, count),
-    )  # fmt: skip
-    hidden = out.hidden.reshape(count, batch, entries, -1)
-    if model.config.alignment == "shifted":  # the first predicts itself, as when decoding
-        hidden = jnp.concatenate([hidden[:, :, :1], hidden[:, :, :-1]], axis=2)
-    return hidden
-
-
-def _blocks(model, params, noisy, index, clean, lengths, size: int) -> Float[Array, "C B Q D"]:
-    """What predicts each entry of noisy blocks [C, B, Q], which read the clean text before them.
-
-    Samples are more blocks of a row, so one cache serves them all. With shifted outputs the first
-    entry of a block is predicted by the last clean one, as when decoding.
-    """
-    count, batch, entries = noisy.shape
-    begins = index[:, ::size]  # of each block
-    out = forward(
-        model, params, jnp.moveaxis(noisy, 0, 1).reshape(batch, -1),
-        mask=BlockMask.block_diagonal(size), positions=jnp.tile(index, (1, count)),
-        cache=KVCache(clean.kv, lengths),
-        cache_end=jnp.tile(jnp.repeat(begins, size, axis=1), (1, count)),
-    )  # fmt: skip
-    hidden = out.hidden.reshape(batch, count, -1, size, out.hidden.shape[-1])
-    if model.config.alignment == "shifted":
-        at = jnp.clip(begins - 1, 0, clean.hidden.shape[1] - 1)
-        last = jnp.take_along_axis(clean.hidden, at[..., None], axis=1)[:, None, :, None]
-        first = jnp.where((begins == 0)[:, None, :, None, None], hidden[:, :, :, :1], last)
-        hidden = jnp.concatenate([first, hidden[:, :, :, :-1]], axis=3)
-    return jnp.moveaxis(hidden.reshape(batch, count, entries, -1), 1, 0)

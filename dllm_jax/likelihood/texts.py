@@ -1,6 +1,6 @@
-"""Prompts with their answers in place, and scores over the vocabulary where the answers are."""
+"""Prompts with their answers in place."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -8,10 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from dllm_jax.decode.prompt import BUCKET, Prompt, checked
-from dllm_jax.decode.state import without_mask
-from dllm_jax.nn.head import logits_of
-
-_AT_ONCE = 256  # tokens whose scores over the vocabulary are held at a time
 
 
 class Texts(NamedTuple):
@@ -80,20 +76,3 @@ def pack(prompt: Sequence, answer: Sequence, config) -> Texts:
     texts = Texts(*map(jnp.asarray, (tokens, lengths, scored, at, there)))
     checked(Prompt(texts.tokens, texts.lengths), config)  # ids within bounds
     return texts
-
-
-def over_vocabulary(
-    model, params, score: Callable[..., jax.Array], hidden: jax.Array, *entries: jax.Array
-) -> jax.Array:
-    """`score(logits, *entry)` for each hidden state [..., D] and its entries [...].
-
-    `logits` float32[V] have the mask token at minus infinity. They exist for a few hidden states at
-    a time.
-    """
-
-    def one(xs):
-        logits = without_mask(logits_of(model, params, xs[0]), model.config.mask_id)
-        return score(logits, *xs[1:])
-
-    flat = (hidden.reshape(-1, hidden.shape[-1]), *(x.reshape(-1) for x in entries))
-    return jax.lax.map(one, flat, batch_size=_AT_ONCE).reshape(hidden.shape[:-1])

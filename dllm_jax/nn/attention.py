@@ -23,20 +23,23 @@ def attend(
     cache_end: Int[Array, "B"] | Int[Array, "B Q"] | None = None,
     hole: tuple[Int[Array, "B"], Int[Array, "B"]] | None = None,
     lengths: Int[Array, "B"] | None = None,
+    segments: Int[Array, "B Q"] | None = None,
     **options: Any,
 ) -> Float[Array, "B Q N H"]:
     """`block_attention` over what a `KVCache` holds for a layer.
 
     Args:
       layer, part: as in `KVCache.layer`.
+      segments: of entries without a cache.
       cache_end, hole: positions of a row's text, those of a shared prompt included.
       options: others of `block_attention`; no window where a prompt is shared.
     """
     cached = {} if cache is None else cache.layer(layer, part)
     if cache is None or cache.prefix is None:
         return attention(
-            q, k, v, mask, **cached, cache_end=cache_end, hole=hole, lengths=lengths, **options
-        )
+            q, k, v, mask, **cached, cache_end=cache_end, hole=hole, lengths=lengths,
+            segments=segments, **options,
+        )  # fmt: skip
     shared = cache.shared
     rest = jax.tree.map(lambda x: x - shared.reshape(-1, *[1] * (x.ndim - 1)), (cache_end, hole))
     own = block_attention_lse(

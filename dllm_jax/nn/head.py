@@ -13,6 +13,7 @@ from dllm_jax.typing import Params
 from pallas_kernels import CrossEntropy, TokenStats, cross_entropy, scores_at, token_stats
 
 _ROWS = ("batch", "length")  # logical names of the leading axes of hidden states
+_AT_ONCE = 256  # hidden states whose scores over the vocabulary are held at a time
 
 
 class Head(NamedTuple):
@@ -108,6 +109,37 @@ def cross_entropy_of(
         )  # fmt: skip
 
     return _by_rows(run, model, params, hidden=hidden, targets=targets)
+
+
+def over_vocabulary(
+    model: Any,
+    params: Params,
+    score: Callable[..., Any],
+    hidden: Float[Array, "*B D"],
+    *entries: jax.Array,
+) -> Any:
+    """`score(logits, *entry)` for each hidden state and its entries, [*B, ...].
+
+    `logits` float32[V] have the mask token at minus infinity. They exist for a few hidden states at
+    a time, in a gradient too.
+    """
+    lead = hidden.ndim - 1
+
+    @jax.checkpoint
+    def one(xs):
+        logits = without_mask(logits_of(model, params, xs[0]), model.config.mask_id)
+        return score(logits, *xs[1:])
+
+    flat = tuple(x.reshape(-1, *x.shape[lead:]) for x in (hidden, *entries))
+    found = jax.lax.map(one, flat, batch_size=_AT_ONCE)
+    return jax.tree.map(lambda x: x.reshape(*hidden.shape[:-1], *x.shape[1:]), found)
+
+
+def without_mask(logits: jax.Array, mask_id: int | None) -> jax.Array:
+    """The scores with those of a mask token inside the vocabulary at minus infinity."""
+    if mask_id is None or not 0 <= mask_id < logits.shape[-1]:
+        return logits
+    return logits.at[..., mask_id].set(-jnp.inf)
 
 
 def _by_rows(run: Callable[..., Any], model: nn.Module, params: Params, **arrays: jax.Array) -> Any:

@@ -49,6 +49,7 @@ class TransformerConfig:
     max_length: int = 8192
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None  # for texts longer than those of the first training
+    learned_positions: bool = False  # beside RoPE a vector for each of max_length positions (GPT-2)
     rotary_dim: int = 0  # RoPE turns the first ones of each head; 0: the whole head
     norm_eps: float = 1e-5
     tied_head: bool = False  # the output projection is the embedding, transposed
@@ -173,6 +174,7 @@ class Transformer(nn.Module):
         cache_end: Int[Array, "B"] | Int[Array, "B Q"] | None = None,
         hole: tuple[Int[Array, "B"], Int[Array, "B"]] | None = None,
         lengths: Int[Array, "B"] | None = None,
+        segments: Int[Array, "B Q"] | None = None,
         canvas: bool = True,
         frozen_layers: int = 0,
     ) -> Output:
@@ -185,6 +187,7 @@ class Transformer(nn.Module):
           cache: the prefix, read only. `cache_end` defaults to its lengths.
           hole: slots [first, second) of the cache that are not read: the entries stand in for them.
           lengths: valid clean entries of a row; later ones are padding that no one sees.
+          segments: the document of each entry, which sees its own alone; without a cache.
           canvas: False says that no entry is a mask token, and skips an adapter that acts on them.
           frozen_layers: layers below are not differentiated (their backward pass is not run).
         """
@@ -211,8 +214,13 @@ class Transformer(nn.Module):
             positions, config.rotary_dim or config.head_dim, config.rope_theta,
             config.rope_scaling, config.max_length,
         )  # fmt: skip
-        context = _Context(config, mask, angles, adapter, gate, cache, cache_end, hole, lengths)
+        context = _Context(
+            config, mask, angles, adapter, gate, cache, cache_end, hole, lengths, segments
+        )
         hidden = embed(tree, config, tokens, gate)
+        if config.learned_positions:
+            at = jnp.minimum(positions, config.max_length - 1)
+            hidden = hidden + lookup(tree["positions"], at).astype(config.dtype)
         hidden, kv = _run(context, tree, hidden, frozen_layers)
         hidden = rms_norm(hidden, tree["final_norm"], config.norm_eps)
         return Output(constrain(hidden, "batch", "length"), kv)
@@ -253,6 +261,7 @@ class _Context(NamedTuple):
     cache_end: jax.Array | None
     hole: tuple[jax.Array, jax.Array] | None
     lengths: jax.Array | None
+    segments: jax.Array | None
 
 
 def _run(context: _Context, tree: Params, hidden: jax.Array, frozen: int):
@@ -318,7 +327,7 @@ def _layer(
     q, k = rotate(q, *context.angles), rotate(k, *context.angles)
     mixed = attend(
         q, k, v, context.mask, cache=context.cache, layer=number, cache_end=context.cache_end,
-        hole=context.hole, lengths=context.lengths,
+        hole=context.hole, lengths=context.lengths, segments=context.segments,
     )  # fmt: skip
     mixed = mixed.reshape(*mixed.shape[:2], -1)
     hidden = hidden + project(mixed, p["o"].reshape(-1, config.dim), "o", "bqi,id->bqd")

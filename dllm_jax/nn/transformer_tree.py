@@ -35,6 +35,8 @@ def transformer_tree(c: Any) -> Params:
             tree["dense_layers"] = _cut(tree["layers"], dense)
         tree["layers"]["mlp"] = _moe_tree(c.moe, entry)
         tree["layers"] = _cut(tree["layers"], c.num_layers - dense)
+    if c.learned_positions:
+        tree["positions"] = Entry((c.max_length, c.dim), (None, "embed"))
     if not c.tied_head:
         tree["head"] = entry("vocab", "embed")
     if c.adapter:

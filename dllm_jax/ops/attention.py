@@ -34,26 +34,28 @@ def attention(
     cache_scale: Float32[Array, "*Ly B K 2"] | None = None,
     hole: tuple[Int[Array, "B"], Int[Array, "B"]] | None = None,
     lengths: Int[Array, "B"] | None = None,
+    segments: Int[Array, "B Q"] | None = None,
     **numbers: Any,
 ) -> Float[Array, "B Q N H"]:
     """`pallas_kernels.block_attention`, split over the mesh in scope; without one, exactly that.
 
     Where the axis "tensor" does not divide the kv heads, they are whole on each device; if they
     divide it, a device picks the one that its query heads read, else query heads are whole as well.
+    Rows of several documents are not cut along their length.
 
     Args:
       numbers: `window`, `scale` and `soft_cap` of `block_attention`; the others are as there.
     """
     arrays: dict[str, Any] = {
         "q": q, "k": k, "v": v, "cache": cache, "layer": layer, "cache_end": cache_end,
-        "cache_scale": cache_scale, "hole": hole, "lengths": lengths,
+        "cache_scale": cache_scale, "hole": hole, "lengths": lengths, "segments": segments,
     }  # fmt: skip
     arrays = {name: x for name, x in arrays.items() if x is not None}
     if not axis_sizes():
         return block_attention(mask=mask, **arrays, **numbers)
     place = _place(q, k)
     cuts = _cuts(mask, q.shape[1], cache is not None, numbers)
-    if any(cuts.values()):
+    if any(cuts.values()) and segments is None:
         return _in_pieces(mask, cuts, place, arrays, numbers)
 
     def run(arrays):
@@ -80,7 +82,7 @@ class _Place(NamedTuple):
         known = {
             "q": spec(self.rows, length, self.heads), "k": kv, "v": kv, "cache": packed,
             "cache_scale": packed, "layer": spec(), "cache_end": spec(self.rows), "hole": ends,
-            "lengths": ends[0],
+            "lengths": ends[0], "segments": spec(self.rows, length),
         }  # fmt: skip
         if "cache_end" in arrays and arrays["cache_end"].ndim == 2:
             known["cache_end"] = spec(self.rows, length)

@@ -64,10 +64,14 @@ def train_memory(
 
 
 def scores(config: Any, layout: Mapping[str, int], batch: int, length: int) -> int:
-    """Tiles of scores in the gradient of attention over a cache: three in float32, and one cast."""
+    """Tiles of scores in the gradient of attention over a cache: one in float32, and one cast.
+
+    The others of a tile's gradient are made and used within a product, as the compiled TPU program
+    has it.
+    """
     tile = min(length, _TILE)
     heads = max(k.heads for k in attentions(config, layout))
-    return rows(layout, batch) * heads * tile * tile * (3 * 4 + jnp.dtype(config.dtype).itemsize)
+    return rows(layout, batch) * heads * tile * tile * (4 + jnp.dtype(config.dtype).itemsize)
 
 
 def gathered(config: Any, layout: Mapping[str, int]) -> int:

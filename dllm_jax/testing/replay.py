@@ -18,10 +18,11 @@ import numpy as np
 
 from dllm_jax import checkpoint, recipes
 from dllm_jax.cache import append, cut
+from dllm_jax.corruption import MaskNoise, NoisyText
 from dllm_jax.decode.generate import run
 from dllm_jax.decode.prompt import checked, edge
 from dllm_jax.decode.state import END_OF_TURN
-from dllm_jax.losses import cross_entropy
+from dllm_jax.losses import Diffusion
 from dllm_jax.nn.head import head_of, logits_of
 from dllm_jax.nn.transformer import forward
 from dllm_jax.policies import AnnealedTemperature, CommitView, EntropyBound
@@ -144,19 +145,24 @@ def _noisy_logits(folder: Folder, clean: np.ndarray, noisy: np.ndarray) -> jax.A
 def _loss(folder: Folder) -> Line:
     """sum(CE * masked / t) / (B L) with the masks and times that the folder gives."""
     clean, masked, time = (folder.inputs[f"loss_{name}"] for name in ("x0", "mask", "t"))
-    config = folder.model.config
-    noisy = np.where(masked, config.mask_id, clean)
-    if config.attention == "block_causal":
-        logits = _noisy_logits(folder, clean, noisy)
-        logits = logits.at[..., config.mask_id].set(-jnp.inf)  # the mask is not a prediction
-    else:
-        out = forward(folder.model, folder.params, jnp.asarray(noisy, jnp.int32))
-        logits = logits_of(folder.model, folder.params, out.hidden)
-    nats = cross_entropy(logits, jnp.asarray(clean, jnp.int32))
-    loss = float(jnp.where(masked, nats / time, 0.0).sum() / clean.size)
+    model, (rows, length) = folder.model, clean.shape
+    blocks = model.config.attention == "block_causal"
+    noise = MaskNoise(block_size=model.config.block_size if blocks else 0, counts="independent")
+    # BD3-LM's mask is no prediction, LLaDA's is.
+    objective = Diffusion(noise=noise, predict_mask=not blocks)
+    noisy = NoisyText(
+        jnp.asarray(np.where(masked, model.config.mask_id, clean), jnp.int32)[:, None],
+        jnp.broadcast_to(jnp.asarray(time), clean.shape)[:, None],
+        jnp.asarray(masked / time, jnp.float32)[:, None],
+    )
+    batch = {
+        "tokens": jnp.asarray(clean, jnp.int32), "lengths": jnp.full(rows, length),
+        "prompts": jnp.zeros(rows, jnp.int32),
+    }  # fmt: skip
+    loss, _ = objective.score(model, folder.params, objective.given(model, batch, noisy))
     expected = float(folder.outputs["loss"])
-    far = abs(loss - expected) / abs(expected)
-    return {"loss": loss, "expected": expected, "relative": far, "wrong": not far <= LOSS}
+    far = abs(float(loss) - expected) / abs(expected)
+    return {"loss": float(loss), "expected": expected, "relative": far, "wrong": not far <= LOSS}
 
 
 def _causal_text(name: str) -> Callable[[Folder], Line]:
@@ -167,8 +173,9 @@ def _causal_text(name: str) -> Callable[[Folder], Line]:
         logits = logits_of(folder.model, folder.params, out.hidden)
         if name.endswith("_logits_last"):
             return _close(logits[:, -1], folder.outputs[name])
-        nats = -cross_entropy(logits[0, :-1], tokens[0, 1:])
-        return _close(nats, folder.outputs[name])
+        logs = jax.nn.log_softmax(logits[0, :-1])
+        picked = jnp.take_along_axis(logs, tokens[0, 1:, None], axis=-1)[:, 0]
+        return _close(picked, folder.outputs[name])
 
     return check
 

@@ -64,6 +64,7 @@ def main() -> int:
         print(name, own["rows"][name], flush=True)
         file.write_text(json.dumps(held, indent=1) + "\n")
         arguments.out.with_suffix(".md").write_text(tables(held))
+        jax.clear_caches()  # a process may have so many programs
     cells = [cell for row in own["rows"].values() for cell in row.values()]
     return 0 if all(cell["equal"] and cell["difference"] < 1e-3 for cell in cells) else 1
 

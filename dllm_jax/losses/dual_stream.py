@@ -1,4 +1,4 @@
-"""What training minimises: the joint loss of a dual stream, clean and causal beside noisy blocks.
+"""The joint loss of a dual stream, clean and causal beside noisy blocks at random places.
 
     loss = ar_weight * CE(clean i -> token i + 1) + CE(noisy i -> token i + 1, hidden from it)
 
@@ -9,41 +9,19 @@ reads its cache.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from dllm_jax.cache import KVCache
 from dllm_jax.corruption import MaskedBlocks, NoisyBlocks
+from dllm_jax.losses.objective import Drawn, answers
 from dllm_jax.nn.head import cross_entropy_of
 from dllm_jax.nn.transformer import Transformer, forward
 from dllm_jax.sharding import automatic, placed
 from dllm_jax.typing import Key, Params
 from pallas_kernels import BlockMask
-
-
-@runtime_checkable
-class Objective(Protocol):
-    """What a training step asks of an objective; static under jit, so hashable."""
-
-    def loss(
-        self, model: Any, params: Params, batch: dict[str, jax.Array], key: Key
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The loss of a batch, and figures about it: scalars."""
-        ...
-
-
-class Drawn(NamedTuple):
-    """A batch with its noise, and what its sums are divided by."""
-
-    rows: tuple[dict[str, jax.Array], NoisyBlocks]  # every leaf has one entry a row
-    totals: dict[str, jax.Array]  # of the whole batch
-
-    def with_rows(self, rows: Any) -> "Drawn":
-        """A part of the batch: its losses and figures are shares of the whole batch's."""
-        return Drawn(rows, self.totals)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +73,7 @@ class DualStream:
             "counted": jnp.maximum(self._counted(noisy).sum(axis=0), 1),
         }
         if self.ar_weight:
-            totals["scored"] = jnp.maximum(_answers(batch).sum(), 1)
+            totals["scored"] = jnp.maximum(answers(batch).sum(), 1)
         return Drawn((batch, noisy), totals)
 
     def score(
@@ -126,7 +104,7 @@ class DualStream:
         figures = {"diffusion": diffusion, **self._drafts(best, noisy, totals["counted"])}
         if self.ar_weight:
             nats, _ = cross_entropy_of(model, params, clean.hidden[:, :-1], tokens[:, 1:])
-            ar = (nats * _answers(batch)).sum() / totals["scored"]
+            ar = (nats * answers(batch)).sum() / totals["scored"]
             figures["ar"] = ar
             loss = loss + self.ar_weight * ar
         return loss, figures
@@ -160,40 +138,3 @@ def _run_again(function: Callable) -> Callable:
     again = jax.custom_vjp(function)
     again.defvjp(forwards, backwards)
     return again
-
-
-def _answers(batch: dict[str, jax.Array]) -> Bool[Array, "B M"]:
-    """The places of clean tokens that the causal loss scores: the next one is of the answer."""
-    following = jnp.arange(batch["tokens"].shape[1] - 1) + 1
-    return (following >= batch["prompts"][:, None]) & (following < batch["lengths"][:, None])
-
-
-def cross_entropy(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float[Array, "*B"]:
-    """Nats of each target under softmax(logits), float32."""
-    logits = logits.astype(jnp.float32)
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - picked
-
-
-def subs_loss(
-    logits: Float[Array, "B L V"],
-    targets: Int[Array, "B L"],
-    masked: Bool[Array, "B L"],
-    t: Float[Array, "B L"],
-    mask_id: int,
-) -> Float[Array, ""]:
-    """The bound of masked diffusion under the linear schedule, in nats per token.
-
-        sum(CE * masked / t) / (B * L)
-
-    (Sahoo et al. 2024, arXiv 2406.07524, equation 11; by blocks: Arriola et al. 2025, arXiv
-    2503.09573, equation 8). The mask token is never predicted, and written tokens count nothing.
-
-    Args:
-      logits: where the noisy text was read.
-      targets: the clean text.
-      masked: where the noisy text has masks.
-      t: the probability, in (0, 1], with which each position was masked: its block's time.
-    """
-    barred = jnp.where(jnp.arange(logits.shape[-1]) == mask_id, -jnp.inf, logits)
-    return jnp.where(masked, cross_entropy(barred, targets) / t, 0.0).sum() / targets.size

@@ -1,0 +1,52 @@
+"""What a training step asks of an objective, and what all objectives share."""
+
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from dllm_jax.typing import Key, Params
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What a training step asks of an objective; static under jit, so hashable."""
+
+    def loss(
+        self, model: Any, params: Params, batch: dict[str, jax.Array], key: Key
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss of a batch (`data.batches`), and figures about it: scalars."""
+        ...
+
+
+class Drawn(NamedTuple):
+    """A batch with its noise, and what its sums are divided by."""
+
+    rows: Any  # the batch and its noise; every leaf has one entry a row
+    totals: dict[str, jax.Array]  # of the whole batch
+
+    def with_rows(self, rows: Any) -> "Drawn":
+        """A part of the batch: its losses and figures are shares of the whole batch's."""
+        return Drawn(rows, self.totals)
+
+
+def learnable(batch: dict[str, jax.Array]) -> Bool[Array, "B L"]:
+    """The tokens to be learnt: behind the prompt, within the text, and not given."""
+    index = jnp.arange(batch["tokens"].shape[1])
+    found = (index >= batch["prompts"][:, None]) & (index < batch["lengths"][:, None])
+    return found & ~batch["given"] if "given" in batch else found
+
+
+def follows(batch: dict[str, jax.Array]) -> Bool[Array, "B L"]:
+    """The tokens that have one of their own document before them."""
+    index = jnp.arange(batch["tokens"].shape[1])
+    if "segments" not in batch:
+        return jnp.broadcast_to(index > 0, batch["tokens"].shape)
+    segments = batch["segments"]
+    return (index > 0) & (segments == jnp.roll(segments, 1, axis=1))
+
+
+def answers(batch: dict[str, jax.Array]) -> Bool[Array, "B M"]:
+    """The places of clean tokens that a causal loss scores: the next one is to be learnt."""
+    return (learnable(batch) & follows(batch))[:, 1:]

@@ -1,0 +1,455 @@
+"""Objectives against slow references: every noisy text of a tiny vocabulary, one by one."""
+
+import itertools
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from dllm_jax.checkpoint import load
+from dllm_jax.corruption import (
+    Cosine,
+    Linear,
+    MaskNoise,
+    MixedNoise,
+    NoisyText,
+    Polynomial,
+    UniformNoise,
+)
+from dllm_jax.losses import Autoregressive, Diffusion
+from dllm_jax.nn.head import logits_of
+from dllm_jax.testing import tiny
+from pallas_kernels import BlockMask
+
+V, L, T = 5, 6, 2  # ids 0..4 (4 is the mask), tokens of a row, of a block
+MASK = V - 1
+PROMPTS, LENGTHS = np.array([1, 2]), np.array([5, 6])
+TOKENS = np.array([[0, 3, 1, 1, 2, 0], [2, 0, 0, 3, 1, 2]], np.int32)
+BATCH = {
+    "tokens": jnp.asarray(TOKENS),
+    "lengths": jnp.asarray(LENGTHS),
+    "prompts": jnp.asarray(PROMPTS),
+}
+
+
+def model_of(attention: str, alignment: str = "same_position", seed: int = 0):
+    return tiny(
+        vocab_size=V, adapter=False, attention=attention, alignment=alignment, mask_id=MASK,
+        block_size=T if attention == "block_causal" else 1, seed=seed, sharpness=5.0,
+    )  # fmt: skip
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def scores(model, params, tokens, mask, positions=None, lengths=None):
+    out = model.apply({"params": params}, tokens, mask=mask, positions=positions, lengths=lengths)
+    return logits_of(model, params, out.hidden)
+
+
+def nats_of(logits, token: int, bar: bool = True) -> float:
+    """Minus the log-probability of a token; the mask token has none."""
+    logits = np.asarray(logits, np.float64)[: MASK if bar else None]
+    return float(np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[token])
+
+
+def cost(objective, model, params, batch, key):
+    """The loss and its figures, compiled: op by op they take longer than the rest of a test."""
+    return jax.jit(partial(objective.loss, model))(params, batch, key)
+
+
+# What each row's noise can be, and what a row costs then: plainly, one pass a noisy text
+
+
+def learnt(row: int) -> list[int]:
+    return list(range(PROMPTS[row], LENGTHS[row]))
+
+
+def plain_canvas(model, params, row: int, masked: tuple[int, ...], bar: bool = True):
+    """Nats of each masked token of a row, {place: nats}."""
+    tokens = TOKENS[row].copy()
+    tokens[list(masked)] = MASK
+    tokens[LENGTHS[row] :] = MASK
+    logits = np.asarray(scores(
+        model, params, tokens[None], BlockMask.bidirectional(L), lengths=LENGTHS[row : row + 1]
+    ))[0]  # fmt: skip
+    shift = model.config.alignment == "shifted"
+    return {i: nats_of(logits[max(i - shift, 0)], TOKENS[row, i], bar) for i in masked}
+
+
+def plain_blocks(model, params, row: int, masked: tuple[int, ...]):
+    """The same, of blocks that each see the clean text before them and themselves."""
+    found, shift = {}, model.config.alignment == "shifted"
+    causal = model.config.attention == "causal"
+    start = PROMPTS[row] if causal else 0
+    for begin in range(start, LENGTHS[row], T):
+        tokens = np.full(begin + T, MASK)
+        tokens[: min(begin + T, LENGTHS[row])] = TOKENS[row, : begin + T][: LENGTHS[row]]
+        own = [i for i in masked if begin <= i < begin + T]
+        tokens[own] = MASK
+        tokens[LENGTHS[row] :] = MASK
+        # Clean before `begin`; then one noisy group that sees all of it.
+        mask = BlockMask.dual_stream(
+            begin, T, stride=0, offset=begin, clean_block=1 if causal else T
+        )
+        logits = np.asarray(scores(model, params, tokens[None], mask))[0]
+        found |= {i: nats_of(logits[max(i - shift, 0)], TOKENS[row, i]) for i in own}
+    return found
+
+
+def subsets(places):
+    for count in range(len(places) + 1):
+        yield from itertools.combinations(places, count)
+
+
+def expected_by_enumeration(model, params, plain, noise: MaskNoise, divide: str):
+    """The mean of the loss over every set of masks, with the exact probability of each."""
+    size = noise.block_size or L
+    total = 0.0
+    own = [len(learnt(row)) for row in range(2)]
+    for row in range(2):
+        start = 0
+        if size < L and model.config.attention == "causal":
+            start = PROMPTS[row]
+        share = {"tokens": 1 / sum(own), "rows": 1 / (2 * own[row])}[divide]
+        for begin in range(start, LENGTHS[row], size):
+            places = [i for i in learnt(row) if begin <= i < begin + size]
+            for masked in subsets(places):
+                if masked:
+                    weight = expected_weight(noise, len(places), len(masked))
+                    total += share * weight * sum(plain(model, params, row, masked).values())
+    return total
+
+
+def expected_weight(noise: MaskNoise, n: int, k: int) -> float:
+    """E[weight; exactly these k of n tokens are masked], by quadrature over the time."""
+    if noise.counts == "exact":
+        share = 1 / n / len(list(itertools.combinations(range(n), k)))
+        return share * (n / k if noise.weighting == "bound" else 1.0)
+    t = (np.arange(20_000) + 0.5) / 20_000
+    p = {
+        Linear(): t, Cosine(): np.cos(np.pi / 2 * (1 - t)), Polynomial(2.0): t**2,
+    }[noise.schedule]  # fmt: skip
+    grows = {
+        Linear(): np.ones_like(t), Cosine(): np.pi / 2 * np.sin(np.pi / 2 * (1 - t)),
+        Polynomial(2.0): 2 * t,
+    }[noise.schedule]  # fmt: skip
+    p = noise.beta + (noise.omega - noise.beta) * p
+    weight = grows / p if noise.weighting == "bound" else 1.0
+    return float((p**k * (1 - p) ** (n - k) * weight).mean())
+
+
+CANVAS = partial(MaskNoise, counts="independent")
+BLOCKS = partial(MaskNoise, counts="independent", block_size=T)
+CASES = {
+    "LLaDA": ("bidirectional", "same_position", CANVAS(), "tokens"),
+    "LLaDA, tuned": ("bidirectional", "same_position", CANVAS(beta=1e-3), "rows"),
+    "exact counts": ("bidirectional", "same_position", MaskNoise(), "tokens"),
+    "Dream": ("bidirectional", "shifted", CANVAS(), "tokens"),
+    "MD4, cosine": ("bidirectional", "same_position", CANVAS(schedule=Cosine()), "tokens"),
+    "MD4, square": ("bidirectional", "same_position", CANVAS(schedule=Polynomial()), "tokens"),
+    "BD3-LM": ("block_causal", "same_position", BLOCKS(beta=0.3, omega=0.8), "tokens"),
+    "LLaDA2": (
+        "block_causal", "same_position", BLOCKS(beta=0.3, omega=0.8, weighting="flat"), "tokens"
+    ),
+    "Fast-dLLM v2": ("block_causal", "shifted", BLOCKS(weighting="flat"), "tokens"),
+    "joint": ("causal", "shifted", MaskNoise(block_size=T), "tokens"),
+}  # fmt: skip
+
+
+def slow_but(quick: tuple[str, ...]) -> list:
+    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
+
+
+@pytest.mark.parametrize("name", slow_but(("LLaDA", "MD4, cosine", "Fast-dLLM v2")))
+def test_the_mean_loss_is_that_of_all_noisy_texts(name: str):
+    """Value and gradient: over many draws, within four standard errors; the reference is exact."""
+    attention, alignment, noise, divide = CASES[name]
+    model, params = model_of(attention, alignment)
+    plain = plain_canvas if attention == "bidirectional" else plain_blocks
+    objective = Diffusion(noise=noise, divide=divide, stratified=False)
+
+    def moved(params, by):
+        down = params["layers"]["mlp"]["down"]
+        layers = {
+            **params["layers"],
+            "mlp": {**params["layers"]["mlp"], "down": down.at[0, 1, 2].add(by)},
+        }
+        return {**params, "layers": layers}  # fmt: skip
+
+    reference = lambda by: expected_by_enumeration(model, moved(params, by), plain, noise, divide)  # noqa: E731
+    value, slope = reference(0.0), (reference(0.02) - reference(-0.02)) / 0.04
+
+    @jax.jit
+    def draw(keys):
+        def one(key):
+            loss = lambda by: objective.loss(model, moved(params, by), BATCH, key)[0]  # noqa: E731
+            return jax.value_and_grad(loss)(0.0)
+
+        return jax.lax.map(one, keys, batch_size=64)
+
+    values, slopes = draw(jax.random.split(jax.random.key(1), 1024))
+    for found, expected in ((values, value), (slopes, slope)):
+        error = float(found.std() / 32)
+        assert abs(float(found.mean()) - float(expected)) < 4 * error + 2e-3 * abs(float(expected))
+    assert float(values.std() / 32) < 0.1 * float(value), "too noisy to tell"
+
+
+@pytest.mark.parametrize("folder", ["llada", "bd3lm"])
+def test_losses_match_the_published_code(goldens: Path, folder: str):
+    model, params = load(goldens / folder)
+    case = goldens / f"{folder}_more"
+    given = np.load(case / "inputs.npz")
+    clean, masked = given["loss_x0"].astype(np.int32), given["loss_mask"]
+    time = np.broadcast_to(given["loss_t"], clean.shape).astype(np.float32)
+    blocks = folder == "bd3lm"
+    objective = Diffusion(
+        noise=MaskNoise(block_size=model.config.block_size if blocks else 0, counts="independent"),
+        predict_mask=not blocks,
+    )
+    batch = {
+        "tokens": jnp.asarray(clean),
+        "lengths": jnp.full(len(clean), clean.shape[1]),
+        "prompts": jnp.zeros(len(clean), jnp.int32),
+    }
+    mask_id = json.loads((case / "case.json").read_text())["mask_id"]
+    noisy = NoisyText(
+        *(jnp.asarray(x)[:, None] for x in (np.where(masked, mask_id, clean), time, masked / time))
+    )
+    loss, _ = jax.jit(
+        lambda params: objective.score(model, params, objective.given(model, batch, noisy))
+    )(params)
+    np.testing.assert_allclose(loss, np.load(case / "outputs.npz")["loss"], rtol=1e-5)
+
+
+def test_autoregressive_is_its_definition():
+    model, params = model_of("causal", "shifted")
+    logits = scores(model, params, TOKENS, BlockMask.causal(L))
+    expected = [nats_of(logits[r, i - 1], TOKENS[r, i], False) for r in range(2) for i in learnt(r)]
+    loss, figures = cost(Autoregressive(), model, params, BATCH, jax.random.key(0))
+    np.testing.assert_allclose(loss, np.mean(expected), rtol=1e-5)
+    assert figures["tokens"] == len(expected)
+
+
+def test_the_joint_loss_is_its_parts():
+    model, params = model_of("causal", "shifted")
+    noise, key = MaskNoise(block_size=T), jax.random.key(3)
+    both, figures = cost(Diffusion(noise=noise, ar_weight=0.5), model, params, BATCH, key)
+    alone, _ = cost(Diffusion(noise=noise), model, params, BATCH, key)
+    ar, _ = cost(Autoregressive(), model, params, BATCH, key)
+    np.testing.assert_allclose(figures["ar"], ar, rtol=1e-5)
+    np.testing.assert_allclose(both, alone + 0.5 * ar, rtol=1e-5)
+
+
+def test_complements_learn_every_token_once():
+    model, params = model_of("block_causal", "shifted")
+    noise = MaskNoise(block_size=T, counts="independent", weighting="flat")
+    objective = Diffusion(noise=noise, complementary=True, divide="learnt")
+    drawn = jax.jit(partial(objective.draw, model))(BATCH, jax.random.key(0))
+    weights = np.asarray(drawn.rows.noisy.weights)  # [B, 2, Q]
+    index = np.asarray(drawn.rows.index)
+    for row in range(2):
+        there = np.isin(index[row], [i for i in learnt(row) if i > 0])
+        np.testing.assert_array_equal(weights[row].sum(axis=0), there)
+    loss, figures = cost(objective, model, params, BATCH, jax.random.key(0))
+    assert np.isfinite(loss)
+    assert figures["tokens"] == sum(len(learnt(row)) for row in range(2))
+
+
+def test_confidence_counts_the_entropy_where_the_model_is_right():
+    model, params = model_of("bidirectional")
+    key, noise = jax.random.key(5), MaskNoise()
+    objective = Diffusion(noise=noise, confidence_weight=0.3)
+    loss, figures = cost(objective, model, params, BATCH, key)
+    plain, _ = cost(Diffusion(noise=noise), model, params, BATCH, key)
+    noisy = jax.jit(partial(Diffusion(noise=noise).draw, model))(BATCH, key).rows.noisy
+    total, count = 0.0, 0
+    for row in range(2):
+        shown = np.asarray(noisy.tokens[row, 0])
+        logits = scores(
+            model, params, shown[None], BlockMask.bidirectional(L), lengths=LENGTHS[row : row + 1]
+        )[0, :, :MASK]
+        for place in np.flatnonzero(np.asarray(noisy.weights[row, 0])):
+            count += 1
+            if logits[place].argmax() == TOKENS[row, place]:
+                total += scipy.stats.entropy(np.asarray(jax.nn.softmax(logits[place])))
+    assert 0 < total
+    np.testing.assert_allclose(figures["entropy"], total / count, rtol=1e-5)
+    np.testing.assert_allclose(loss, plain + 0.3 * total / count, rtol=1e-5)
+
+
+def test_given_tokens_are_neither_noised_nor_learnt():
+    model, params = model_of("bidirectional")
+    given = np.zeros((2, L), bool)
+    given[:, 3] = True
+    batch = {**BATCH, "given": jnp.asarray(given)}
+    objective = Diffusion(noise=MaskNoise(counts="independent", beta=1.0))
+    noisy = jax.jit(partial(objective.draw, model))(batch, jax.random.key(0)).rows.noisy
+    np.testing.assert_array_equal(noisy.tokens[:, 0, 3], TOKENS[:, 3])
+    assert not np.asarray(noisy.weights)[:, 0, 3].any()
+    _, figures = cost(objective, model, params, batch, jax.random.key(0))
+    assert figures["tokens"] == sum(len(learnt(row)) for row in range(2)) - 2
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "block_causal", "causal"])
+@pytest.mark.parametrize("alignment", ["same_position", "shifted"])
+def test_documents_of_a_row_cost_what_they_cost_alone(attention: str, alignment: str):
+    """Two texts of four tokens in one row, and each in a row of its own; all is masked."""
+    model, params = model_of(attention, alignment)
+    size = 0 if attention == "bidirectional" else T
+    noise = MaskNoise(block_size=size, counts="independent", beta=1.0, weighting="flat")
+    objective = Diffusion(noise=noise, divide="tokens")
+    texts = np.random.default_rng(0).integers(0, MASK, (2, 4)).astype(np.int32)
+    apart = {
+        "tokens": jnp.asarray(texts), "lengths": jnp.full(2, 4), "prompts": jnp.zeros(2, jnp.int32),
+        "segments": jnp.zeros((2, 4), jnp.int32),
+    }  # fmt: skip
+    together = {
+        "tokens": jnp.asarray(texts.reshape(1, 8)), "lengths": jnp.array([8]),
+        "prompts": jnp.zeros(1, jnp.int32), "segments": jnp.array([[0] * 4 + [1] * 4]),
+    }  # fmt: skip
+    both, _ = cost(objective, model, params, together, jax.random.key(0))
+    each, _ = cost(objective, model, params, apart, jax.random.key(0))
+    np.testing.assert_allclose(both, each, rtol=1e-5)
+    if attention == "block_causal" and alignment == "same_position":  # without documents too
+        del apart["segments"]
+        plain, _ = cost(objective, model, params, apart, jax.random.key(0))
+        np.testing.assert_allclose(plain, each, rtol=1e-5)
+    if attention == "causal":
+        ar = Autoregressive()
+        both, _ = cost(ar, model, params, together, jax.random.key(0))
+        each, _ = cost(ar, model, params, apart, jax.random.key(0))
+        np.testing.assert_allclose(both, each, rtol=1e-5)
+
+
+def test_noise_levels_are_spread_over_a_batch():
+    model, _ = model_of("block_causal")
+    noise = MaskNoise(block_size=T, counts="independent")
+    wide = {
+        "tokens": jnp.zeros((8, L), jnp.int32), "lengths": jnp.full(8, L),
+        "prompts": jnp.zeros(8, jnp.int32),
+    }  # fmt: skip
+    drawn = jax.jit(partial(Diffusion(noise=noise).draw, model))(wide, jax.random.key(0))
+    times = np.sort(np.asarray(drawn.rows.noisy.times)[:, 0, ::T].ravel())
+    np.testing.assert_array_equal(np.floor(times * 24), np.arange(24))
+
+
+def test_mixed_noise_is_masks_where_nothing_is_random():
+    noise = MixedNoise(uniform=0.0)
+    logits = jnp.array([0.3, -1.0, 2.0, 0.1, -jnp.inf])
+    for time in (0.1, 0.5, 0.9):
+        masked = noise.score(logits, jnp.int32(2), jnp.int32(MASK), jnp.float32(time))
+        expected = jax.nn.log_softmax(logits)[2] / time
+        np.testing.assert_allclose(masked, expected, rtol=1e-4)
+        kept = noise.score(logits, jnp.int32(2), jnp.int32(2), jnp.float32(time))
+        np.testing.assert_allclose(kept, 0.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("uniform", [0.2, 0.5])
+def test_mixed_noise_is_the_limit_of_small_steps(uniform: float):
+    """One token of four and a mask: the exact bound of a chain of 4,000 steps, and the integral."""
+    noise = MixedNoise(uniform=uniform)
+    logits = jnp.array([0.3, -1.0, 1.0, 0.1, -jnp.inf])
+    clean, steps = 2, 4000
+    guess = np.asarray(jax.nn.softmax(logits), np.float64)
+    times = np.linspace(1e-3, 1 - 1e-3, steps + 1)
+
+    def marginal(t, x):
+        stays, masks, random = (float(s) for s in noise.shares(jnp.float32(t)))
+        u = np.array([*[random / 4] * 4, masks])
+        return stays * x + u, stays, u
+
+    x = np.eye(5)[clean]
+    total = 0.0
+    for before, after in itertools.pairwise(times):
+        q0, a0, u0 = marginal(before, x)
+        q1, a1, u1 = marginal(after, x)
+        p0, p1 = marginal(before, guess)[0], marginal(after, guess)[0]
+        keep = a1 / a0
+        jump = u1 - keep * u0  # to each token, from any
+        for z in range(5):
+            step = keep * np.eye(5)[z] + jump[z]  # P(z | from)
+            true, model = q0 * step / q1[z], p0 * step / p1[z]
+            there = true > 0
+            total += q1[z] * (true[there] * np.log(true[there] / model[there])).sum()
+
+    @jax.jit
+    def rate(t):
+        stays, masks, random = noise.shares(t)
+        each = jnp.where(jnp.arange(5) == MASK, masks, random / 4)
+        shown = each + stays * jnp.asarray(x)
+        costs = jax.vmap(noise.score, (None, None, 0, None))(
+            logits, jnp.int32(clean), jnp.arange(5), t
+        )
+        return -(shown * costs).sum()
+
+    middles = (times[1:] + times[:-1]) / 2
+    integral = float(
+        (jax.lax.map(rate, jnp.asarray(middles, jnp.float32))).mean() * (times[-1] - times[0])
+    )
+    np.testing.assert_allclose(integral, total, rtol=5e-3)
+
+
+def test_mixed_noise_draws_what_it_says():
+    noise, count = MixedNoise(uniform=0.5), 20_000
+    config = model_of("bidirectional")[0].config
+    shape = (count, 1, 1)
+    chance = lambda stream: jax.random.uniform(jax.random.key(stream), shape)  # noqa: E731
+    true, false = jnp.ones(shape, bool), jnp.zeros(shape, bool)
+    noisy = noise.draw(
+        chance, jnp.full((count, 1), 0.3), jnp.full(shape, 2), true, false, config
+    ).tokens
+    stays, masks, random = (float(x) for x in noise.shares(jnp.float32(0.3)))
+    counts = np.bincount(np.asarray(noisy).ravel(), minlength=V)
+    expected = np.array([random / 4, random / 4, random / 4 + stays, random / 4, masks])
+    assert scipy.stats.chisquare(counts, count * expected).pvalue > 1e-3
+
+
+def test_uniform_noise_trains_on_every_position():
+    model, params = tiny(vocab_size=V, adapter=False, attention="bidirectional", mask_id=None,
+                         alignment="same_position", sharpness=5.0)  # fmt: skip
+    objective = Diffusion(noise=UniformNoise(weighting="flat"))
+    drawn = jax.jit(partial(objective.draw, model))(BATCH, jax.random.key(2))
+    loss, _ = cost(objective, model, params, BATCH, jax.random.key(2))
+    logits = scores(
+        model, params, drawn.rows.noisy.tokens[:, 0], BlockMask.bidirectional(L), lengths=LENGTHS
+    )
+    expected = [nats_of(logits[r, i], TOKENS[r, i], False) for r in range(2) for i in learnt(r)]
+    np.testing.assert_allclose(loss, np.mean(expected), rtol=1e-5)
+    bound = Diffusion(noise=UniformNoise())
+    value, slope = jax.jit(
+        jax.value_and_grad(lambda p: bound.loss(model, p, BATCH, jax.random.key(2))[0])
+    )(params)
+    assert np.isfinite(value)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(slope))
+
+
+def test_bad_settings_are_told_so():
+    for wrong, said in (
+        (dict(divide="batch"), "divide"),
+        (dict(complementary=True, noise=UniformNoise()), "MaskNoise"),
+        (dict(ar_weight=1.0), "block_size"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Diffusion(**wrong)
+    with pytest.raises(ValueError, match="schedule"):
+        MaskNoise(schedule=Cosine())
+    with pytest.raises(ValueError, match="weighting"):
+        MaskNoise(weighting="none")
+    with pytest.raises(ValueError, match="uniform"):
+        MixedNoise(uniform=1.0)
+    key = jax.random.key(0)
+    for pair, noise, said in (
+        (model_of("bidirectional"), MaskNoise(block_size=2), "restores the whole text"),
+        (model_of("causal"), MaskNoise(), "block after block"),
+        (model_of("block_causal"), MaskNoise(block_size=3), "must be the same"),
+        (tiny(adapter=False, attention="bidirectional", mask_id=None), MaskNoise(), "mask token"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Diffusion(noise=noise).loss(*pair, BATCH, key)
+    conditioned = Diffusion(noise=MaskNoise(block_size=T), self_conditioning=0.5)
+    with pytest.raises(ValueError, match="cannot be told"):
+        conditioned.loss(*model_of("causal"), BATCH, key)
