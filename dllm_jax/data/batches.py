@@ -38,8 +38,9 @@ def batches(
 
     def made(row: Row) -> dict[str, Any]:
         def padded(x: np.ndarray, fill: int, dtype: Any) -> np.ndarray:
-            x = np.asarray(x, dtype)[:length]
-            return np.pad(x, (0, length - len(x)), constant_values=fill)
+            row = np.full(length, fill, dtype)
+            row[: len(x)] = x[:length]
+            return row
 
         found: dict[str, Any] = {
             "tokens": padded(row.tokens, pad_id, np.int32),

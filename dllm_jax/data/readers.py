@@ -81,7 +81,10 @@ class Files:
         """See `read`; `sources` are (path, form)."""
         if unit not in ("file", "paragraph", "line"):
             raise ValueError(f"unit={unit!r} is not known: file, paragraph, line")
-        "".encode(encoding)  # a LookupError that names an unknown encoding
+        try:
+            "".encode(encoding)
+        except LookupError:
+            raise ValueError(f"encoding={encoding!r} is not known, as utf-8 or latin-1") from None
         self.sources, self.unit, self.key, self.encoding = sources, unit, key, encoding
         self.strict, self.report = strict, Report(strict=strict)
 
