@@ -20,6 +20,7 @@ from dllm_jax.cli.options import (
     Chat,
     Command,
     Convert,
+    Data,
     Decoding,
     Generate,
     Info,
@@ -28,6 +29,7 @@ from dllm_jax.cli.options import (
     Recipes,
 )
 from dllm_jax.cli.planning import planning
+from dllm_jax.cli.storing import storing
 from dllm_jax.generation_config import save_recipe
 from dllm_jax.tokenizer import Tokenizer
 from dllm_jax.trajectory import Recorder
@@ -50,6 +52,8 @@ def run(command: Command) -> None:
             benchmark(command)
         case Plan():
             planning(command)
+        case Data():
+            storing(command)
 
 
 def generate(command: Generate) -> None:
