@@ -5,7 +5,7 @@
     dllm-jax train configs/sudoku.py:small             # 6x6; also :small_ar and so on
     dllm-jax train configs/sudoku.py:tiny              # 4x4, two minutes; also :tiny_ar and so on
 
-Seeds: --fit.seed 1 --run runs/sudoku-9-seed1/masked.
+Seeds: --seed 1 --run runs/sudoku-9-seed1/masked.
 """
 
 from pathlib import Path
