@@ -10,7 +10,7 @@ Seeds: --seed 1 --run runs/sudoku-9-seed1/masked.
 
 from pathlib import Path
 
-from dllm_jax.suite import modes
+from dllm_jax.experiments import modes
 from dllm_jax.tasks import Sudoku
 
 config, block, tri, ar = modes(
