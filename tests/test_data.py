@@ -137,6 +137,11 @@ def test_a_saved_position_gives_the_batches_that_follow(source, seen):
         assert same(first(restored, 5), following)
 
 
+def test_a_batch_may_be_one_row(source):
+    rows = first(batches(source, batch=1, length=9, pad_id=PAD, seed=0), 12)
+    assert sorted(numbers(rows)) == list(range(12))
+
+
 def test_too_few_rows_are_counted(source):
     with pytest.raises(ValueError, match="12 rows do not fill a batch of 13"):
         batches(source, batch=13, length=9, pad_id=PAD, seed=0)

@@ -1,4 +1,4 @@
-"""The command `dllm-jax`: generate, chat, convert, info, recipes, bench, plan."""
+"""The command `dllm-jax`: generate, chat, convert, info, recipes, bench, plan, data."""
 
 from collections.abc import Sequence
 

@@ -21,6 +21,7 @@ from dllm_jax.cli.options import (
     Chat,
     Command,
     Convert,
+    Data,
     Decoding,
     Generate,
     Info,
@@ -31,6 +32,7 @@ from dllm_jax.cli.options import (
     Train,
 )
 from dllm_jax.cli.planning import planning
+from dllm_jax.cli.storing import storing
 from dllm_jax.generation_config import save_recipe
 from dllm_jax.tokenizer import Tokenizer
 from dllm_jax.trajectory import Recorder
@@ -53,6 +55,8 @@ def run(command: Command) -> None:
             benchmark(command)
         case Plan():
             planning(command)
+        case Data():
+            storing(command)
         case Train():
             training.train(command)
         case Adapt():

@@ -370,6 +370,76 @@ class Plan(Command):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Data(Command):
+    """Make texts and conversations into a store of tokens, once, for training.
+
+    dllm-jax data --from "corpus/*.jsonl.gz" --tokenizer smollm2-135m-instruct --out runs/corpus
+    dllm-jax data --corpus classics --train-tokenizer 4096 --out runs/classics
+    """
+
+    out: Annotated[Path, _word("FOLDER")]
+    """Where to write; what is there of the same documents and settings is left as it is."""
+
+    files: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(name="from", metavar="PATH ...", help_behavior_hint="(default: none)"),
+    ] = ()
+    """Files, globs or folders: .txt, .md, .jsonl (also .gz), .parquet, .array_record; hf:NAME."""
+
+    corpus: Annotated[str | None, _word("NAME")] = None
+    """A corpus that a Python package carries, instead of files: classics."""
+
+    tokenizer: Annotated[str | None, _word("MODEL")] = None
+    """A named model, a .gguf file, or a folder with tokenizer.json."""
+
+    train_tokenizer: Annotated[int | None, _default("IDS", "none is trained")] = None
+    """Learn a vocabulary of so many ids from the documents, instead of --tokenizer."""
+
+    kind: Literal["bpe", "char", "byte"] = "bpe"
+    """Of the vocabulary that is learnt."""
+
+    chat: bool = False
+    """Give the vocabulary that is learnt tokens and a template for conversations."""
+
+    heldout: float = 0.01
+    """About which share is held out, by a hash of the document: the split "heldout"."""
+
+    unit: Literal["file", "paragraph", "line"] = "file"
+    """What of a text file is one document."""
+
+    key: Annotated[str, _word("FIELD")] = "text"
+    """Of a record, the field that holds the text."""
+
+    form: Annotated[str | None, _default("text|jsonl|parquet|arrayrecord", "by the name")] = None
+    """How files are read."""
+
+    encoding: Annotated[str, _word("NAME")] = "utf-8"
+    """Of texts and JSON lines."""
+
+    learn: Literal["last", "every"] = "last"
+    """Which turns of the assistant are learnt, of conversations."""
+
+    strict: bool = False
+    """Stop at the first document that cannot be used, instead of counting it."""
+
+    overwrite: bool = False
+    """Replace a store of other documents or settings."""
+
+    json: bool = False
+    """Print what store.json holds."""
+
+    def check(self) -> None:
+        if bool(self.files) == (self.corpus is not None):
+            raise ValueError('name what to read: --from "corpus/*.txt", or --corpus classics')
+        if (self.tokenizer is None) == (self.train_tokenizer is None):
+            raise ValueError("give --tokenizer MODEL, or learn one with --train-tokenizer 4096")
+        if self.tokenizer is not None and (self.chat or self.kind != "bpe"):
+            raise ValueError("--kind and --chat are of a vocabulary that --train-tokenizer learns")
+        if not 0 <= self.heldout < 1:
+            raise ValueError(f"--heldout {self.heldout} is a share in [0, 1), as in 0.01")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Train(Command):
     """Train a model as a file says. Every field of its config is an option; CONFIG.py --help lists
     them.
@@ -465,6 +535,7 @@ AnyCommand = (
     | Annotated[Recipes, tyro.conf.subcommand("recipes")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
+    | Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Adapt, tyro.conf.subcommand("adapt")]
     | Annotated[Plot, tyro.conf.subcommand("plot")]

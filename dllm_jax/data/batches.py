@@ -38,8 +38,9 @@ def batches(
 
     def made(row: Row) -> dict[str, Any]:
         def padded(x: np.ndarray, fill: int, dtype: Any) -> np.ndarray:
-            x = np.asarray(x, dtype)[:length]
-            return np.pad(x, (0, length - len(x)), constant_values=fill)
+            row = np.full(length, fill, dtype)
+            row[: len(x)] = x[:length]
+            return row
 
         found: dict[str, Any] = {
             "tokens": padded(row.tokens, pad_id, np.int32),
@@ -69,7 +70,8 @@ class _Share:
         self.dataset, self.batch, self.places = dataset, batch, places
 
     def __len__(self) -> int:
-        return len(self.dataset) // self.batch * len(self.places)
+        # Of a sequence that repeats for ever; grain adds to it, and it must fit 63 bits then.
+        return min(len(self.dataset), 1 << 62) // self.batch * len(self.places)
 
     def __getitem__(self, index: int) -> Any:
         number, place = divmod(int(index), len(self.places))

@@ -1,0 +1,130 @@
+"""A tokenizer of one's own, for a new corpus: byte-level BPE, characters, or bytes.
+
+tokenizer = train_tokenizer(read("corpus/*.txt"), 4096, "runs/mine/tokenizer")
+tokenizer.mask_id, tokenizer.pad_id, tokenizer.eos_ids
+"""
+
+import collections
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+
+from dllm_jax.data.documents import Documents, held_out, listed
+from dllm_jax.tokenizer import Tokenizer
+
+PAD, MASK, EOS, UNK = "<|pad|>", "<|mask|>", "<|eos|>", "<|unk|>"
+"""The special tokens; their ids are the first, in this order (UNK of "char" only)."""
+
+TURNS = ("<|im_start|>", "<|im_end|>")
+"""What begins and ends a turn of a conversation (ChatML)."""
+
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def train_tokenizer(
+    documents: Documents | Sequence[Any],
+    vocab_size: int,
+    folder: str | os.PathLike[str],
+    *,
+    kind: str = "bpe",
+    chat: bool = False,
+    heldout: float = 0.0,
+) -> Tokenizer:
+    """Learns a vocabulary and writes it as a folder that `Tokenizer.load` reads.
+
+    The same documents and options give the same files, byte for byte.
+
+    Args:
+      documents: of `read`, `corpus`, or a list of texts or conversations.
+      vocab_size: ids at most, special tokens included. "bpe" needs 256 besides those, "byte" has
+        exactly 256 besides, and "char" keeps the most frequent characters; others are unknown.
+      folder: where to write; made if need be.
+      kind: "bpe" (byte-level: every text has ids, and comes back exactly), "char" (one id a
+        character), "byte" (one id a byte of UTF-8).
+      chat: tokens and a template for conversations (ChatML) too.
+      heldout: the share that `tokenise` will hold out; nothing is learnt from it here either.
+
+    Raises:
+      ValueError: the vocabulary is too small for its kind, or the documents hold no text.
+    """
+    documents = listed(documents)
+    special = [PAD, MASK, EOS, *([UNK] if kind == "char" else []), *(TURNS if chat else ())]
+    least = len(special) + (256 if kind in ("bpe", "byte") else 1)
+    if vocab_size < least:
+        raise ValueError(
+            f"vocab_size={vocab_size} is too small for kind={kind!r}, which needs {least}"
+            f" ({len(special)} of them special tokens)"
+        )
+    texts = _texts(documents, heldout)
+    if kind == "bpe":
+        backend = _bpe(texts, vocab_size, special)
+    elif kind == "byte":
+        backend = _of_pieces(special, sorted(pre_tokenizers.ByteLevel.alphabet()), unk=None)
+        _byte_level(backend)
+    elif kind == "char":
+        counts: collections.Counter[str] = collections.Counter()
+        for text in texts:
+            counts.update(text)
+        ranked = sorted(counts, key=lambda character: (-counts[character], character))
+        backend = _of_pieces(special, sorted(ranked[: vocab_size - len(special)]), unk=UNK)
+        backend.decoder = decoders.Fuse()
+    else:
+        raise ValueError(f"kind={kind!r} is not known: bpe, char, byte")
+    if kind != "byte" and not documents.report.documents:
+        raise ValueError("the documents hold no text to learn a vocabulary from")
+    backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
+    path = Path(folder).expanduser()
+    path.mkdir(parents=True, exist_ok=True)
+    backend.save(str(path / "tokenizer.json"))
+    ends = [EOS, TURNS[1]] if chat else [EOS]
+    settings = {
+        "pad_token": PAD, "mask_token": MASK, "eos_token": EOS,
+        **({"unk_token": UNK} if kind == "char" else {}),
+        "eos_ids": [backend.token_to_id(token) for token in ends],
+        "pad_id": backend.token_to_id(PAD),
+    }  # fmt: skip
+    (path / "tokenizer_config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    if chat:
+        (path / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    return Tokenizer.load(path)
+
+
+def _texts(documents: Documents, heldout: float) -> Iterator[str]:
+    for document in documents:
+        if not held_out(document, heldout):
+            yield from document.texts()
+
+
+def _bpe(texts: Iterator[str], vocab_size: int, special: list[str]) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(models.BPE())
+    _byte_level(backend)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return backend
+
+
+def _of_pieces(special: list[str], pieces: list[str], unk: str | None) -> tokenizers.Tokenizer:
+    """A vocabulary without merges: one id a character of the (byte-level) text."""
+    vocabulary = {piece: number for number, piece in enumerate([*special, *pieces])}
+    model = models.BPE(vocab=vocabulary, merges=[], **({} if unk is None else {"unk_token": unk}))
+    return tokenizers.Tokenizer(model)
+
+
+def _byte_level(backend: tokenizers.Tokenizer) -> None:
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()

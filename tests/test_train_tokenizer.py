@@ -1,0 +1,123 @@
+"""Vocabularies of one's own: they give text back, the same every time, with a mask."""
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dllm_jax.data import read, train_tokenizer
+from dllm_jax.data.documents import Document, held_out
+from dllm_jax.tokenizer import Tokenizer
+
+TEXTS = [f"the {noun} sees the {other}.\n" for noun in ("cat", "dog") for other in ("bird", "ñu")]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> dict[str, Tokenizer]:
+    sizes = {"bpe": 275, "byte": 300, "char": 300}
+    return {
+        kind: train_tokenizer(TEXTS, size, tmp_path_factory.mktemp(kind), kind=kind)
+        for kind, size in sizes.items()
+    }
+
+
+@pytest.mark.parametrize("kind", ["bpe", "byte"])
+@given(text=st.text())
+def test_any_text_comes_back(made, kind, text):
+    assert made[kind].decode(made[kind].encode(text, special=False), skip_special=False) == text
+
+
+@given(text=st.text("".join(sorted(set("".join(TEXTS))))))
+def test_characters_are_one_id_each(made, text):
+    ids = made["char"].encode(text, special=False)
+    assert len(ids) == len(text)
+    assert made["char"].decode(ids) == text
+
+
+def test_bytes_are_one_id_each(made):
+    assert made["byte"].vocab_size == 3 + 256
+    assert len(made["byte"].encode("ñ \U0001f600", special=False)) == 2 + 1 + 4
+
+
+def test_merges_shorten_what_was_seen(made):
+    assert made["bpe"].vocab_size == 275
+    assert len(made["bpe"].encode(TEXTS[0], special=False)) < len(TEXTS[0]) / 2
+
+
+@pytest.mark.parametrize("kind", ["bpe", "byte", "char"])
+def test_special_tokens_are_known_and_loaded(made, kind, tmp_path):
+    tokenizer = made[kind]
+    assert (tokenizer.pad_id, tokenizer.mask_id, tokenizer.eos_ids) == (0, 1, (2,))
+    assert tokenizer.template is None
+    assert tokenizer.encode("<|mask|><|eos|>") == [1, 2]
+    assert not {1, 2} & set(tokenizer.encode("<|mask|><|eos|>", special=False))
+    tokenizer.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    assert (again.pad_id, again.mask_id, again.eos_ids) == (0, 1, (2,))
+    assert again.encode(TEXTS[1]) == tokenizer.encode(TEXTS[1])
+    assert tokenizer.encode_all(TEXTS, special=False) == [
+        tokenizer.encode(text, special=False) for text in TEXTS
+    ]
+
+
+def test_unknown_characters_share_one_id(tmp_path):
+    tokenizer = train_tokenizer(["aaabbc"], 6, tmp_path, kind="char")
+    assert tokenizer.vocab_size == 6  # pad, mask, eos, unk, and the two most frequent
+    unknown = tokenizer.backend.token_to_id("<|unk|>")
+    assert tokenizer.encode("abczz", special=False) == [4, 5, unknown, unknown, unknown]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "byte", "char"])
+def test_conversations_have_a_template(tmp_path, kind):
+    talk = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yo\nassistant user"},
+    ]
+    tokenizer = train_tokenizer([talk], 300, tmp_path, kind=kind, chat=True)
+    ids = tokenizer.chat(talk, add_generation_prompt=False)
+    text = tokenizer.decode(ids, skip_special=False)
+    assert text == (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYo\nassistant user<|im_end|>\n"
+    )
+    assert tokenizer.backend.token_to_id("<|im_end|>") in tokenizer.eos_ids
+
+
+def test_the_same_files_whenever(tmp_path):
+    (tmp_path / "some.txt").write_text("\n\n".join(TEXTS))
+    program = (
+        "import sys; from dllm_jax.data import read, train_tokenizer\n"
+        "train_tokenizer(read(sys.argv[1], unit='paragraph'), 290, sys.argv[2], kind=sys.argv[3])"
+    )
+    for kind in ("bpe", "char"):
+        files = []
+        for number in range(2):
+            folder = tmp_path / f"{kind}{number}"
+            if number:
+                arguments = [sys.executable, "-c", program, tmp_path / "some.txt", folder, kind]
+                subprocess.run(arguments, check=True, timeout=120)
+            else:
+                documents = read(tmp_path / "some.txt", unit="paragraph")
+                train_tokenizer(documents, 290, folder, kind=kind)
+            files.append({path.name: path.read_bytes() for path in folder.iterdir()})
+        assert files[0] == files[1]
+
+
+def test_nothing_is_learnt_from_what_is_held_out(tmp_path):
+    texts = [chr(0x400 + i) * 3 for i in range(100)]
+    held = {text[0] for text in texts if held_out(Document(text), 0.3)}
+    assert 10 < len(held) < 50
+    tokenizer = train_tokenizer(texts, 200, tmp_path, kind="char", heldout=0.3)
+    assert {text[0] for text in texts if text[0] in tokenizer.backend.get_vocab()} == {
+        text[0] for text in texts
+    } - held
+
+
+def test_mistakes_are_told(tmp_path):
+    with pytest.raises(ValueError, match=r"vocab_size=200 is too small for kind='bpe', .* 259"):
+        train_tokenizer(TEXTS, 200, tmp_path)
+    with pytest.raises(ValueError, match="kind='word' is not known"):
+        train_tokenizer(TEXTS, 200, tmp_path, kind="word")
+    with pytest.raises(ValueError, match="no text to learn"):
+        train_tokenizer([""], 300, tmp_path)
