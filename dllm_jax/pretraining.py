@@ -17,12 +17,14 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from tyro.conf import Fixed, OmitArgPrefixes
 
 from dllm_jax import distributed, training
 from dllm_jax.checkpoint import load, save
-from dllm_jax.data import Conversations, Source
+from dllm_jax.data import Conversations, Packed, Source, Store
+from dllm_jax.decode.generate import generate
 from dllm_jax.generation_config import save_recipe
 from dllm_jax.losses import Objective
 from dllm_jax.nn.dit import DiTConfig
@@ -72,6 +74,31 @@ class ConversationData:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class StoreData:
+    """Texts or conversations of a store that `dllm-jax data` wrote."""
+
+    folder: Path
+    length: int | None = None
+    """Rows of so many tokens, packed; None: a row is a document."""
+    whole: bool = False
+    """Only documents that are longer than a row are cut."""
+    documents: bool = False
+    """The documents of a row do not see each other."""
+
+    def source(self, split: str) -> Source:
+        """As `Data`."""
+        store = Store(self.folder, split)
+        if self.length is None:
+            return store
+        return Packed(store, self.length, whole=self.whole, documents=self.documents)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The one that the tokens are of."""
+        return Store(self.folder).tokenizer()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskData:
     """Questions of a task, with their answers."""
 
@@ -118,6 +145,33 @@ class TaskAccuracy:
             "passes": found.passes,
             "overhead": found.overhead,
             "answers": [self.task.show(answer) for answer in found.answers[: self.show]],
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Samples:
+    """How a model goes on from texts."""
+
+    prompts: tuple[str, ...]
+    tokenizer: str
+    """What `Tokenizer.load` takes: a model, or its folder."""
+    recipe: Fixed[Recipe]
+    """How it is decoded."""
+    max_new_tokens: int = 64
+    seed: int = 0
+
+    def __call__(self, model: Any, params: Params, step: int) -> Found:
+        """As `Evaluation`."""
+        tokenizer = Tokenizer.load(self.tokenizer)
+        found = generate(
+            model, params, [tokenizer.encode(prompt) for prompt in self.prompts],
+            recipe=self.recipe, max_new_tokens=self.max_new_tokens, key=jax.random.key(self.seed),
+        )  # fmt: skip
+        rows = zip(np.asarray(found.tokens), np.asarray(found.lengths), strict=True)
+        texts = [tokenizer.decode(row[:length].tolist()) for row, length in rows]
+        return {
+            "texts": [a + b for a, b in zip(self.prompts, texts, strict=True)],
+            "passes": float(np.mean(np.asarray(found.nfe))),
         }
 
 

@@ -11,19 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dllm_jax import adaptation, checkpoint, pretraining, training
+from dllm_jax import adaptation, checkpoint, pretraining, recipes, training
 from dllm_jax.adaptation import Adapt, Phase
 from dllm_jax.cli import main
 from dllm_jax.cli.training import load_config
 from dllm_jax.corruption import MaskNoise
-from dllm_jax.data import Row
+from dllm_jax.data import Row, tokenise
 from dllm_jax.generation_config import load_recipe
 from dllm_jax.losses import Diffusion
 from dllm_jax.nn.adapters import AdapterConfig
 from dllm_jax.nn.transformer import Transformer, forward
 from dllm_jax.testing import tiny
 from dllm_jax.training.feed import mesh_for
-from tests import toy_config
+from tests import test_cli, toy_config
 
 CONFIG = Path(toy_config.__file__)
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -102,6 +102,32 @@ def test_a_model_that_is_there_is_trained_on(trained, tmp_path):
     np.testing.assert_array_equal(params["embed"], before["embed"])
     assert (np.asarray(params["head"]) != before["head"]).any()
     assert checkpoint.load(tmp_path / "second")[0].config.dim == model.config.dim == 24
+
+
+def test_a_store_is_packed_and_gives_its_tokenizer(tmp_path):
+    texts = [f"{number} and so on" for number in range(40)]
+    tokenise(texts, test_cli.byte_tokenizer(), tmp_path / "store", heldout=0.2)
+    data = pretraining.StoreData(folder=tmp_path / "store", length=16)
+    train, heldout = pretraining.sources(data)
+    assert {len(row.tokens) for row in list(train)[:-1]} == {16}
+    assert heldout is not None
+    text = data.tokenizer.decode(np.concatenate([row.tokens for row in train]).tolist())
+    assert "and so on" in text
+    apart = dataclasses.replace(data, length=None).source("train")
+    assert len(apart) > len(train) / 2
+    found = pretraining.tokenizer_of(toy_config.config.model, data)
+    assert found is not None
+    found.save(tmp_path / "tokenizer")
+    model, params = tiny(adapter=False, vocab_size=data.tokenizer.vocab_size, mask_id=None)
+    ask = pretraining.Samples(
+        prompts=("one and", "two"), tokenizer=str(tmp_path / "tokenizer"), recipe=recipes.ar(),
+        max_new_tokens=3,
+    )  # fmt: skip
+    said = ask(model, params, 0)
+    assert [text[: len(start)] for text, start in zip(said["texts"], ask.prompts, strict=True)] == [
+        "one and", "two",
+    ]  # fmt: skip
+    assert 1 <= said["passes"] <= 4
 
 
 @pytest.mark.slow

@@ -71,7 +71,7 @@ def test_flops_of_a_step_are_about_those_of_the_compiled_program(trained):
     chosen = {name: params[name] for name in names}
     program = jax.jit(jax.grad(loss)).lower(chosen, params).compile()
     flops = program.cost_analysis()["flops"]
-    closed = training.step_flops(model.config, names, entries=128, length=32)
+    closed = training.step_flops(model.config, names, entries=128.0, length=32)
     assert closed == pytest.approx(flops, rel=0.15)
 
 
