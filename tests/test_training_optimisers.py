@@ -36,7 +36,9 @@ def test_what_is_a_matrix_is_read_off_the_axes():
     assert matrix_axes(mlp["down"]) == ((1,), (2,))
     assert matrix_axes(("layers", "expert", "embed", "ffn")) == ((2,), (3,))
     assert matrix_axes(axes["adapter"]["q"]["out"]) == ((1,), (2, 3))
-    for vector in (axes["embed"], axes["head"], axes["final_norm"], attention["q_bias"]):
+    learned = dataclasses.replace(CONFIG, learned_positions=True)
+    positions = param_axes(learned)["positions"]
+    for vector in (*(axes[name] for name in ("embed", "head", "final_norm")), positions):
         assert matrix_axes(vector) is None
 
 
@@ -98,7 +100,8 @@ def test_biases_of_other_architectures_do_not_decay():
     zeros = jax.tree.map(jnp.zeros_like, params)
     update, _ = jax.jit(tx.update)(zeros, tx.init(params), params)
     for path, x in jax.tree.leaves_with_path(update):
-        assert bool(x.any()) == (path[-1].key in ("q", "k", "v", "o", "up", "down")), path
+        matrix = path[0].key == "layers" and path[-1].key in ("q", "k", "v", "o", "up", "down")
+        assert bool(x.any()) == matrix, path
 
 
 def test_gradients_are_clipped_by_their_global_norm():
