@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dllm_jax import sharding, training
-from dllm_jax.training import checkpoints, records
+from dllm_jax.training import checkpoints, curves
 from tests import toy_training
 
 
@@ -20,7 +20,7 @@ from tests import toy_training
 def unplotted():
     """Pictures take longer than these runs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(records, "plot", lambda run: None)
+        patch.setattr(curves, "plot", lambda run: None)
         yield
 
 
