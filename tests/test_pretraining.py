@@ -216,6 +216,7 @@ def adapt_to(base: Path, run: Path, **fields) -> Adapt:
     return Adapt(**{**given, **fields})
 
 
+@pytest.mark.slow
 def test_lora_is_merged_into_a_model_that_loads_and_is_exported(base, tmp_path, capsys):
     lora = AdapterConfig(rank=2, gated=False)
     config = adapt_to(base, tmp_path / "run", adapter=lora, phases=(phase(9, 2),), steps=2)
@@ -249,6 +250,7 @@ def test_block_sizes_follow_each_other_and_interruptions_leave_no_trace(
     clock = SimpleNamespace(monotonic=lambda: next(ticks))
     with monkeypatch.context() as patch:
         patch.setattr(training.loop, "time", clock)
+        patch.setattr(adaptation, "time", SimpleNamespace(monotonic=lambda: 0.0))
         adaptation.adapt(dataclasses.replace(part, minutes=1.5 / 60))
     assert rows(tmp_path / "parts")[-1]["step"] == 2  # within the second phase
     adaptation.adapt(part)
