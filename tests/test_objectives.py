@@ -502,8 +502,9 @@ def test_bad_settings_are_told_so():
     for pair, noise, said in (
         (model_of("bidirectional"), MaskNoise(block_size=2), "restores the whole text"),
         (model_of("causal"), MaskNoise(), "block after block"),
-        (model_of("block_causal"), MaskNoise(block_size=3), "must be the same"),
-        (tiny(adapter=False, attention="bidirectional", mask_id=None), MaskNoise(), "mask token"),
+        (model_of("bidirectional"), UniformNoise(), "is not for this model"),
+        (tiny(adapter=False, attention="bidirectional", mask_id=None), MaskNoise(), "not for this"),
+        (tiny(adapter=False), MaskNoise(block_size=2), "no mask token"),
     ):
         with pytest.raises(ValueError, match=said):
             Diffusion(noise=noise).loss(*pair, BATCH, key)
