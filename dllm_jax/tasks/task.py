@@ -57,8 +57,8 @@ class Vocabulary:
             ) from None
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """One character an id, the inverse of `encode`."""
-        return "".join([self._shown[int(i)] for i in ids])
+        """One character an id, the inverse of `encode`; of ids that are none of these, �."""
+        return "".join([self._shown[i] if 0 <= i < self.size else "�" for i in map(int, ids)])
 
     @cached_property
     def _shown(self) -> str:
