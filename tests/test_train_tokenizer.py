@@ -88,20 +88,21 @@ def test_the_same_files_whenever(tmp_path):
     (tmp_path / "some.txt").write_text("\n\n".join(TEXTS))
     program = (
         "import sys; from dllm_jax.data import read, train_tokenizer\n"
-        "train_tokenizer(read(sys.argv[1], unit='paragraph'), 290, sys.argv[2], kind=sys.argv[3])"
+        "documents = read(sys.argv[1], unit='paragraph')\n"
+        "for kind in ('bpe', 'char'):\n"
+        "    train_tokenizer(documents, 290, sys.argv[2] + kind, kind=kind)"
     )
+    arguments = [sys.executable, "-c", program, tmp_path / "some.txt", f"{tmp_path}/there-"]
+    subprocess.run(arguments, check=True, timeout=120)
     for kind in ("bpe", "char"):
-        files = []
-        for number in range(2):
-            folder = tmp_path / f"{kind}{number}"
-            if number:
-                arguments = [sys.executable, "-c", program, tmp_path / "some.txt", folder, kind]
-                subprocess.run(arguments, check=True, timeout=120)
-            else:
-                documents = read(tmp_path / "some.txt", unit="paragraph")
-                train_tokenizer(documents, 290, folder, kind=kind)
-            files.append({path.name: path.read_bytes() for path in folder.iterdir()})
-        assert files[0] == files[1]
+        documents = read(tmp_path / "some.txt", unit="paragraph")
+        train_tokenizer(documents, 290, tmp_path / f"here-{kind}", kind=kind)
+        here, there = (
+            {path.name: path.read_bytes() for path in (tmp_path / f"{side}-{kind}").iterdir()}
+            for side in ("here", "there")
+        )
+        assert here == there
+        assert len(here) == 2
 
 
 def test_nothing_is_learnt_from_what_is_held_out(tmp_path):

@@ -374,6 +374,7 @@ class Data(Command):
     """Make texts and conversations into a store of tokens, once, for training.
 
     dllm-jax data --from "corpus/*.jsonl.gz" --tokenizer smollm2-135m-instruct --out runs/corpus
+
     dllm-jax data --corpus classics --train-tokenizer 4096 --out runs/classics
     """
 
