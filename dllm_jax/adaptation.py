@@ -1,67 +1,105 @@
-"""Adaptation: a diffusion mode trained into an autoregressive model, as an adapter that masks feel.
+"""Adaptation: a diffusion mode trained into an autoregressive model.
 
-The base model's conversations (`scripts/distill.py`) are the data, the dual stream the objective,
-and the base parameters stay as they are.
+Three ways: an adapter that mask tokens alone feel, so that the model stays what it was beside the
+new mode; an adapter for every token (LoRA); or all parameters. What the model is to become, its
+attention and its alignment, is a change of its config; how it learns that is the objective.
 """
 
 import dataclasses
 import json
-import math
+import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jax.sharding import Mesh
 
-from dllm_jax import distributed, training
-from dllm_jax.checkpoint import load, save_adapter
+from dllm_jax import distributed, pretraining, training
+from dllm_jax.checkpoint import save_adapter
 from dllm_jax.corruption import MaskedBlocks
-from dllm_jax.data import Conversations
-from dllm_jax.losses import DualStream
-from dllm_jax.nn.adapters import AdapterConfig, init_adapter
-from dllm_jax.nn.transformer import Transformer
+from dllm_jax.losses import DualStream, Objective
+from dllm_jax.nn.adapters import AdapterConfig, init_adapter, merged
+from dllm_jax.nn.transformer import Transformer, TransformerConfig
 from dllm_jax.nn.tree import param_axes, param_shapes
-from dllm_jax.sharding import Rules, make_mesh, shardings
+from dllm_jax.pretraining import ConversationData, Data
+from dllm_jax.recipes import Recipe
+from dllm_jax.sharding import shardings
+from dllm_jax.training.feed import gathered, mesh_for
 from dllm_jax.typing import Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A part of a run with blocks of its own size."""
+
+    until: int
+    """The step that ends it."""
+    block_size: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adapt:
     """A run. The defaults are for a CPU."""
 
-    data: Path
-    """Folder that scripts/distill.py filled."""
+    data: Data | Path
+    """What is learnt; a folder is one that scripts/distill.py filled."""
     run: Path
-    """Folder of the checkpoints, the metrics and the adapter."""
+    """Folder of the checkpoints, the metrics and what is made."""
     model: str = "smollm2-135m-instruct"
     """The base: anything that `load` takes."""
     init: Path | None = None
     """Start from the adapter in this folder instead of a fresh one; its size wins."""
-    adapter: AdapterConfig = AdapterConfig(rank=16)
-    """Size and place of a fresh adapter."""
+    adapter: AdapterConfig | None = AdapterConfig(rank=16)
+    """Size and place of a fresh adapter: gated, mask tokens alone feel it; else all do (LoRA). None
+    trains all parameters."""
+    attention: str | None = None
+    """What attention becomes: causal, bidirectional, or block_causal; None: as it is."""
+    alignment: str | None = None
+    """What the output at a position predicts: same_position or shifted; None: as it is."""
+    mask_id: int | None = None
+    """The id of the mask token: one that texts do not have. A gated adapter brings its own."""
     noise: MaskedBlocks = MaskedBlocks(block_size=4, blocks=48, whole=0.6, decay=0.85)
-    """Blocks, and how they are masked."""
+    """Blocks, and how they are masked, where there is no other objective."""
+    objective: Objective | None = None
+    """What is minimised; None: the dual stream, with `noise`."""
+    phases: tuple[Phase, ...] = ()
+    """Block sizes that grow; the last one holds until the end. Of the noise, and of block-causal
+    attention. The data goes on."""
     optimiser: training.Optimiser = training.Optimiser(learning_rate=2e-3)
-    """AdamW and its schedule."""
+    """AdamW and its schedule, over all phases."""
     steps: int = 600
     """Of the whole run: the schedule ends there."""
     batch: int = 4
-    """Conversations in a step."""
+    """Rows in a step."""
     length: int = 208
-    """Longest conversation, in tokens; longer ones are cut."""
+    """Longest row, in tokens; longer ones are cut."""
     minutes: float | None = None
     """Stop and save after this long; the same command continues."""
     dtype: str = "float32"
     """Of activations: bfloat16 on an accelerator."""
+    param_dtype: str | None = None
+    """Of weights: as they are stored by default. All of them trained, float32 is right."""
     seed: int = 0
     """Of the order of the data, the noise, and a fresh adapter."""
     save_every: int = 50
     """Steps between checkpoints."""
+    log_every: int = 1
+    """Steps between lines of the metrics."""
     evaluate_every: int = 100
-    """Steps between looks at the held-out conversations, where there are any."""
+    """Steps between looks at the held-out rows, where there are any."""
+    ema: float = 0.0
+    """Decay of a running average of what is trained, which is what is evaluated and written."""
+    on_spike: training.OnSpike = "stop"
+    """As in `training.Fit`: stop, skip, or ignore."""
+    spike: float = 0.0
+    """As in `training.Fit`: so many times the usual loss is a spike."""
+    report: tuple[str, ...] = ()
+    """Where figures go besides metrics.jsonl: tensorboard, wandb, trackio."""
     export: Path | None = None
-    """Write the adapter here; by default to <run>/adapter at the last step."""
+    """Write what was made here; by default to <run>/adapter or <run>/model at the last step."""
+    recipe: Recipe | None = None
+    """How a model that is written is decoded by default."""
     accumulate: int = 1
     """Parts of a batch that are passed one after the other, for the memory of one."""
     remat: str = "none"
@@ -76,89 +114,186 @@ class Adapt:
     keep_every: int | None = None
     """Checkpoints of steps that it divides are kept, beside the newest two."""
 
+    def __post_init__(self):
+        ends = [phase.until for phase in self.phases]
+        if ends != sorted(set(ends)):
+            raise ValueError(f"phases end at {ends}: each must end after the one before it")
+        if self.adapter is None and self.init is not None:
+            raise ValueError("init is an adapter to start from: give adapter a size, or drop init")
+
 
 def adapt(config: Adapt) -> None:
-    """Trains, or goes on training, and exports; on as many processes as call it together."""
+    """Trains, or goes on training, and writes; on as many processes as call it together.
+
+    A gated adapter is written as one (`load(adapter=...)`). Of one for every token the weights are
+    merged, and the whole model is written, as when all parameters are trained (`load`, `export`).
+
+    Raises:
+      ValueError: the settings do not fit the model or each other.
+    """
     first = distributed.is_first()
     say = print if first else lambda *_: None
-    mesh = _mesh(config)
-    base, params = load(config.model, adapter=config.init, mesh=mesh)
-    changes: dict[str, Any] = dict(dtype=config.dtype, remat=config.remat)
-    if config.init is None:
-        changes |= dict(adapter=config.adapter, mask_id=base.config.vocab_size)
-        settings = dataclasses.replace(base.config, **changes)
-        shapes, key = param_shapes(settings)["adapter"], jax.random.key(config.seed)
-        init = partial(init_adapter, key, shapes, config.adapter)
-        if mesh is not None:
-            homes = shardings(param_axes(settings)["adapter"], mesh, shapes=shapes)
-            init = jax.jit(init, out_shardings=homes)
-        params["adapter"] = init({"embed": params["embed"]})
-    else:
-        settings = dataclasses.replace(base.config, **changes)
-    model, size = Transformer(settings), settings.adapter
-    objective = DualStream(noise=config.noise, frozen_layers=size.first_layer if size else 0)
-    tx = config.optimiser.build(config.steps)
-    fit = training.Fit(
-        steps=config.steps, batch=config.batch, length=config.length, seed=config.seed,
-        accumulate=config.accumulate, minutes=config.minutes, save_every=config.save_every,
-        keep_every=config.keep_every, checkpoints=config.checkpoints,
-        evaluate_every=config.evaluate_every,
-    )  # fmt: skip
-    source = Conversations(config.data, "train")
-    try:
-        heldout = Conversations(config.data, "heldout")
-    except FileNotFoundError:
-        heldout = None
+    mesh = mesh_for(
+        config.batch, accumulate=config.accumulate, fsdp=config.fsdp, tensor=config.tensor
+    )
+    base, params = pretraining.start(
+        config.model, config.seed, mesh, cast(str, config.param_dtype), adapter=config.init
+    )
+    settings = adapted(base.config, config)
+    if config.adapter is not None and config.init is None:
+        params = {**params, "adapter": _fresh(settings, params, config, mesh)}
+    names = tuple(params) if config.adapter is None else ("adapter",)
+    data = (
+        config.data if not isinstance(config.data, Path) else ConversationData(folder=config.data)
+    )
+    source, heldout = pretraining.sources(data)
+    answers = getattr(source, "answer_tokens", None)
     used = 1 if mesh is None else mesh.size
     device = f"{used} of {jax.device_count()} x {jax.devices()[0].device_kind}"
-    say(f"{len(source)} conversations, {source.answer_tokens} answer tokens; {device}")
-    state = training.create(params, ("adapter",), tx)
-    state = training.fit(config.run, fit, model, params, state, objective, tx, source, heldout)
-    step = int(state.step)
-    folder = config.export or (config.run / "adapter" if step == config.steps else None)
+    told = "" if answers is None else f", {answers} answer tokens"
+    say(f"{len(source)} rows{told}; {device}")
+    tx = config.optimiser.build(config.steps, settings)
+    state = training.create(params, names, tx)
+    model, step, started = Transformer(settings), 0, time.monotonic()
+    for until, size in _phases(config):
+        model, objective = _of_size(settings, config, size)
+        left = None
+        if config.minutes is not None:
+            left = config.minutes - (time.monotonic() - started) / 60
+        state = training.fit(
+            config.run, _fit(config, until, left), model, params, state, objective, tx, source,
+            heldout,
+        )  # fmt: skip
+        step = int(state.step)
+        if step < until:
+            break
+    gated = settings.adapter is not None and settings.adapter.gated
+    default = config.run / ("adapter" if gated else "model")
+    folder = config.export or (default if step == config.steps else None)
     if folder is None:
         say(f"step {step} of {config.steps}, saved; the same command continues")
         return
-    noisy = config.noise.blocks * config.noise.block_size * config.batch
-    before = {"steps": 0, "noisy_tokens_seen": 0}
-    if config.init is not None:
-        before = json.loads((config.init / "adapter.json").read_text())["meta"]
-    meta = {
-        "base": config.model,
-        "steps": before["steps"] + step,
-        "noisy_tokens_seen": before["noisy_tokens_seen"] + step * noisy,
-        "init": before if config.init else None,
-        "conversations": len(source),
-        "answer_tokens": source.answer_tokens,
-        "block_size": config.noise.block_size,
-        "device": jax.devices()[0].device_kind,
-        "settings": _plain(config),
-    }
-    adapter = _whole(state.trainable["adapter"], mesh)  # all processes take part
+    if not gated:
+        params = {**params, **training.trained(state)}
+        if settings.adapter is not None:
+            params = merged(params, settings.adapter)
+            model = Transformer(dataclasses.replace(model.config, adapter=None))
+        tokenizer = pretraining.tokenizer_of(config.model, data)
+        pretraining.write(folder, model, params, tokenizer, config.recipe)
+        say(f"step {step}: the model is in {folder}")
+        return
+    adapter = gathered(training.trained(state)["adapter"], mesh)  # all processes take part
     if first:
+        meta = _meta(config, step, len(source), answers)
         save_adapter(folder, settings, adapter, meta)
         say(f"step {step}: the adapter is in {folder}")
 
 
-def _mesh(config: Adapt) -> Mesh | None:
-    """All devices, or as many as a lone process can use; None: one is enough."""
-    devices, split = jax.device_count(), config.fsdp * config.tensor
-    rows = max(config.batch // config.accumulate // config.fsdp, 1)
-    data = -1 if jax.process_count() > 1 else math.gcd(rows, max(devices // split, 1))
-    if data * split == 1:
-        return None
-    return make_mesh(data=data, fsdp=config.fsdp, tensor=config.tensor)
+def adapted(base: TransformerConfig, config: Adapt) -> TransformerConfig:
+    """The config of the model that a run makes of a base.
+
+    Raises:
+      ValueError: a mask token is needed and not named, or it is outside the vocabulary.
+    """
+    changes: dict[str, Any] = dict(dtype=config.dtype, remat=config.remat)
+    for name in ("attention", "alignment"):
+        if (value := getattr(config, name)) is not None:
+            changes[name] = value
+    if config.init is not None:
+        return dataclasses.replace(base, **changes)
+    adapter = config.adapter
+    if adapter is not None:
+        changes["adapter"] = adapter
+    if adapter is not None and adapter.gated:
+        mask_id = base.vocab_size
+    else:
+        mask_id = base.mask_id if config.mask_id is None else config.mask_id
+        if mask_id is None:
+            raise ValueError(
+                f"{config.model} has no mask token: give mask_id, an id below {base.vocab_size} of "
+                "a token that texts do not have (most tokenizers have reserved ones), or a gated "
+                "adapter, which brings one"
+            )
+        if not 0 <= mask_id < base.vocab_size:
+            raise ValueError(
+                f"mask_id={mask_id} is outside the vocabulary of {base.vocab_size}: only a gated "
+                "adapter brings an embedding of its own"
+            )
+    return dataclasses.replace(base, mask_id=mask_id, **changes)
 
 
-def _whole(tree: Params, mesh: Mesh | None) -> Params:
-    """A small tree, whole on every device: one process can read it."""
-    if mesh is None:
-        return tree
-    return jax.jit(lambda tree: tree, out_shardings=shardings((), mesh, Rules()))(tree)
+def _fresh(settings: TransformerConfig, params: Params, config: Adapt, mesh: Mesh | None) -> Params:
+    """A fresh adapter, where the parameters are."""
+    assert settings.adapter is not None
+    shapes, key = param_shapes(settings)["adapter"], jax.random.key(config.seed)
+    init = partial(init_adapter, key, shapes, settings.adapter)
+    if mesh is not None:
+        homes = shardings(param_axes(settings)["adapter"], mesh, shapes=shapes)
+        init = jax.jit(init, out_shardings=homes)
+    return init({"embed": params["embed"]})
 
 
-def _plain(config: Adapt) -> dict:
+def _phases(config: Adapt) -> list[tuple[int, int | None]]:
+    """(the step that ends it, its block size) of each phase; None: as the settings say."""
+    if not config.phases:
+        return [(config.steps, None)]
+    sizes: list[int | None] = [phase.block_size for phase in config.phases]
+    ends = [min(phase.until, config.steps) for phase in config.phases[:-1]]
+    return list(zip([*ends, config.steps], sizes, strict=True))
+
+
+def _of_size(
+    settings: TransformerConfig, config: Adapt, size: int | None
+) -> tuple[Transformer, Objective]:
+    """The model and the objective of a phase."""
+    first = settings.adapter.first_layer if settings.adapter else 0
+    objective: Any = config.objective or DualStream(noise=config.noise, frozen_layers=first)
+    if size is None:
+        return Transformer(settings), objective
+    if not hasattr(getattr(objective, "noise", None), "block_size"):
+        raise ValueError(
+            f"phases change the block size of an objective's noise, and "
+            f"{type(objective).__name__} has none"
+        )
+    noise = dataclasses.replace(objective.noise, block_size=size)
+    if settings.attention == "block_causal":
+        settings = dataclasses.replace(settings, block_size=size)
+    return Transformer(settings), dataclasses.replace(objective, noise=noise)
+
+
+def _fit(config: Adapt, until: int, minutes: float | None) -> training.Fit:
+    """The settings of the loop until the end of a phase: those that are named alike."""
+    shared = {field.name for field in dataclasses.fields(training.Fit)}
+    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if name in shared}
+    chosen |= {"steps": until, "minutes": minutes}
+    return training.Fit(**chosen)
+
+
+def _meta(config: Adapt, step: int, rows: int, answers: int | None) -> dict[str, Any]:
+    """How an adapter was made, with that from which it began."""
+    before = {"steps": 0, "noisy_tokens_seen": 0}
+    if config.init is not None:
+        before = json.loads((config.init / "adapter.json").read_text())["meta"]
+    seen, begun = before["noisy_tokens_seen"], 0
+    for until, size in _phases(config):
+        blocks = config.noise.blocks * (size or config.noise.block_size)
+        seen, begun = seen + max(min(until, step) - begun, 0) * blocks * config.batch, until
+    return {
+        "base": config.model,
+        "steps": before["steps"] + step,
+        "noisy_tokens_seen": seen if config.objective is None else None,
+        "init": before if config.init else None,
+        "conversations": rows,
+        "answer_tokens": answers,
+        "block_size": _phases(config)[-1][1] or config.noise.block_size,
+        "device": jax.devices()[0].device_kind,
+        "settings": _plain(config),
+    }
+
+
+def _plain(config: Adapt) -> dict[str, Any]:
     """The run's settings without its folders, for the record in the adapter."""
-    fields = dataclasses.asdict(config)
-    left_out = ("data", "run", "export", "init", "minutes", "checkpoints")
+    fields = dataclasses.asdict(dataclasses.replace(config, data=Path(), recipe=None))
+    left_out = ("data", "run", "export", "init", "minutes", "checkpoints", "recipe")
     return {k: v for k, v in fields.items() if k not in left_out}

@@ -1,5 +1,6 @@
 """Objectives against slow references: every noisy text of a tiny vocabulary, one by one."""
 
+import dataclasses
 import itertools
 import json
 from functools import partial
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from dllm_jax.cache import KVCache
 from dllm_jax.checkpoint import load
 from dllm_jax.corruption import (
     Cosine,
@@ -21,8 +23,10 @@ from dllm_jax.corruption import (
     Polynomial,
     UniformNoise,
 )
-from dllm_jax.losses import Autoregressive, Diffusion
+from dllm_jax.losses import Autoregressive, Diffusion, Distillation
+from dllm_jax.nn.adapters import AdapterConfig
 from dllm_jax.nn.head import logits_of
+from dllm_jax.nn.tree import param_shapes
 from dllm_jax.testing import tiny
 from pallas_kernels import BlockMask
 
@@ -337,6 +341,59 @@ def test_noise_levels_are_spread_over_a_batch():
     np.testing.assert_array_equal(np.floor(times * 24), np.arange(24))
 
 
+@pytest.mark.parametrize("alignment", ["same_position", "shifted"])
+def test_distillation_is_its_definition(alignment: str):
+    """Each row plainly: the teacher reads all, a block of the student what is before and itself."""
+    model, params = tiny(
+        vocab_size=V, adapter=False, attention="bidirectional", alignment=alignment, mask_id=MASK,
+        sharpness=5.0,
+    )  # fmt: skip
+    config = dataclasses.replace(model.config, adapter=AdapterConfig(rank=2, gated=False))
+    keys = iter(jax.random.split(jax.random.key(7), 100))
+    shapes = param_shapes(config)["adapter"]
+    adapter = jax.tree.map(lambda x: 0.3 * jax.random.normal(next(keys), x.shape), shapes)
+    student, params = config.build(), {**params, "adapter": adapter}
+    objective = Distillation(block_size=T, low=0.5, high=0.9)
+    key = jax.random.key(1)
+    loss, figures = cost(objective, student, params, BATCH, key)
+    rows = jax.jit(partial(objective.draw, student))(BATCH, key).rows
+    total, masks, shift = 0.0, 0, alignment == "shifted"
+    for row in range(2):
+        shown, prompt = np.asarray(rows.noisy[row]), PROMPTS[row]
+        told = scores(
+            model, params, shown[None], BlockMask.bidirectional(L), lengths=LENGTHS[row : row + 1]
+        )[0]
+        # The prompt is a part of its own, and so is each block of the answer.
+        part = np.where(np.arange(L) < prompt, 0, (np.arange(L) - prompt) // T + 1)
+        own = plainly_in_parts(student, params, shown[: LENGTHS[row]], part[: LENGTHS[row]])
+        for place in np.flatnonzero(np.asarray(rows.weights[row])):
+            masks += 1
+            at = max(place - shift, 0)
+            expected = np.asarray(jax.nn.softmax(told[at, :MASK]))
+            logs = np.asarray(jax.nn.log_softmax(own[at, :MASK]))
+            total -= float(rows.weights[row, place]) * (expected * logs).sum()
+    assert masks > 3
+    np.testing.assert_allclose(loss, total / masks, rtol=1e-4)
+    assert 0 <= figures["agreement"] <= 1
+
+
+def plainly_in_parts(model, params, tokens: np.ndarray, part: np.ndarray) -> jax.Array:
+    """Scores of a text whose parts see those before them: part by part, each behind a cache."""
+    scores, cache = [], None
+    for number in range(part.max() + 1):
+        own = tokens[part == number]
+        if not len(own):
+            continue
+        out = model.apply(
+            {"params": params}, jnp.asarray(own[None]), mask=BlockMask.bidirectional(len(own)),
+            cache=cache,
+        )  # fmt: skip
+        scores.append(logits_of(model, params, out.hidden)[0])
+        kv = out.kv if cache is None else jnp.concatenate([cache.kv, out.kv], axis=3)
+        cache = KVCache(kv, jnp.array([kv.shape[3]]))
+    return jnp.concatenate(scores)
+
+
 def test_mixed_noise_is_masks_where_nothing_is_random():
     noise = MixedNoise(uniform=0.0)
     logits = jnp.array([0.3, -1.0, 2.0, 0.1, -jnp.inf])
@@ -450,6 +507,12 @@ def test_bad_settings_are_told_so():
     ):
         with pytest.raises(ValueError, match=said):
             Diffusion(noise=noise).loss(*pair, BATCH, key)
+    for pair, said in (
+        (model_of("causal"), "bidirectional"),
+        (model_of("bidirectional"), "adapter"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Distillation().loss(*pair, BATCH, key)
     conditioned = Diffusion(noise=MaskNoise(block_size=T), self_conditioning=0.5)
     with pytest.raises(ValueError, match="cannot be told"):
         conditioned.loss(*model_of("causal"), BATCH, key)

@@ -237,7 +237,7 @@ def test_a_pool_comes_from_the_cache_and_a_crash_leaves_no_half(cache, monkeypat
     sudoku._pool.cache_clear()
     monkeypatch.setattr(sudoku, "dug", None)  # not made again
     assert read() == made
-    assert os.listdir(cache / "other" / "sudoku") == ["4-6-v1"]
+    assert os.listdir(cache / "other" / "sudoku") == [f"4-6-v1x{sudoku.BLOCK}"]
 
 
 def test_fields_are_checked():

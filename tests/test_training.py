@@ -74,7 +74,9 @@ def fit(run: Path, folder: Path, event=None, **changes) -> training.TrainState:
 def rows(run: Path) -> list[dict[str, float]]:
     """The metrics without their times."""
     found = training.read_metrics(run / "metrics.jsonl")
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in found]
+    return [
+        {name: value for name, value in row.items() if name not in training.TIMES} for row in found
+    ]
 
 
 def saved(run: Path) -> list[int]:

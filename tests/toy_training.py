@@ -45,11 +45,24 @@ class Toy:
         there = jnp.arange(x.shape[1] - 1) < batch["lengths"][:, None] - 1
         apart = jnp.square(x[:, 1:] - x[:, :-1]).mean(axis=-1)
         loss = (apart * there).sum() / drawn.total
-        return loss, {"tokens": (there.sum() / drawn.total).astype(jnp.float32)}
+        return loss, {"share": (there.sum() / drawn.total).astype(jnp.float32)}
 
 
-TOY = Toy()
+class Poisoned(Toy):
+    """The toy; the loss of a batch with the row of `POISON` in it is no number."""
+
+    def score(self, model, params, drawn):
+        loss, figures = super().score(model, params, drawn)
+        ill = (drawn.rows[0]["tokens"][:, 0] == POISON[0]).any()
+        pull = jnp.square(params["layers"]["mlp"]["up"]).mean()  # matrices have a gradient too
+        return jnp.where(ill, jnp.nan, 1.0) * (loss + 0.1 * pull), figures
+
+
+POISON = [2 + (7 * 30 + j) % 30 for j in range(7)]  # the row of number 30 (`write`)
+TOY, POISONED = Toy(), Poisoned()
+EXTRAS = dict(on_spike="skip", spike=50.0, ema=0.9)
 TX = training.Optimiser(learning_rate=0.05).build(12)
+MUON = training.Optimiser(kind="muon", learning_rate=0.05, weight_decay=0.1, schedule="wsd")
 
 
 def write(folder: Path, count: int = 40) -> None:
@@ -83,8 +96,14 @@ class Source(Conversations):
         return super().__getitem__(index)
 
 
-def fit(run: Path, mesh=None, event=None, **changes) -> training.TrainState:
-    """Twelve steps of eight rows, a checkpoint every three, from data beside the run."""
+def fit(
+    run: Path, mesh=None, event=None, *, ill: bool = False, evaluations=None, **changes
+) -> training.TrainState:
+    """Twelve steps of eight rows, a checkpoint every three, from data beside the run.
+
+    Args:
+      ill: with the objective that one row poisons, on matrices too, by Muon.
+    """
     network, params = model()
     if mesh is None:
         params = jax.device_put(params, jax.devices()[0])
@@ -97,8 +116,18 @@ def fit(run: Path, mesh=None, event=None, **changes) -> training.TrainState:
     source.event = event
     settings = dict(steps=12, batch=8, length=8, save_every=3, evaluate_every=0)
     config = training.Fit(**{**settings, **changes})
-    state = training.create(params, ("embed", "head"), TX)
-    return training.fit(run, config, network, params, state, TOY, TX, source)
+    names, tx, objective = ("embed", "head"), TX, TOY
+    if ill:
+        names, tx, objective = ("embed", "layers"), muon(), POISONED
+    state = training.create(params, names, tx)
+    return training.fit(
+        run, config, network, params, state, objective, tx, source, evaluations=evaluations
+    )
+
+
+@functools.cache
+def muon():
+    return MUON.build(12, model()[0].config)
 
 
 def losses(run: Path) -> np.ndarray:
@@ -125,5 +154,8 @@ if __name__ == "__main__":
         run = run / str(jax.process_index()) / "run"
         run.parent.mkdir(parents=True)
         write(run.parent)
-    state = fit(run, mesh, event)
+    extras = EXTRAS if what in ("extras", "stop") else {}
+    if what == "stop":
+        extras = {**extras, "on_spike": "stop"}
+    state = fit(run, mesh, event, ill=bool(extras), **extras)
     print(f"{place}: step {int(state.step)}")

@@ -32,11 +32,14 @@ def measured(dtypes: tuple[str, ...], seconds: float = 1.0) -> Ceilings:
     copy = Jax(lambda x: x + 1, jnp.zeros(size), [()], most, passed_on, least=16)
     copy.result()
     bandwidth = 8 * size / timed([copy.program()], seconds)[0].median
-    rates = {}
-    for dtype in dtypes:
-        wide = 8192 if large else 2048
-        right = jnp.full((wide, wide), 1 / wide, dtype)
-        product = Jax(jnp.matmul, right, [(right,)], most, passed_on, least=2)
-        product.result()
-        rates[dtype] = 2 * wide**3 / timed([product.program()], seconds)[0].median
-    return Ceilings(bandwidth, rates)
+    return Ceilings(bandwidth, {dtype: rate(dtype, seconds) for dtype in dtypes})
+
+
+def rate(dtype: str, seconds: float = 1.0) -> float:
+    """FLOP/s of products of large square matrices, for about so long."""
+    most = lambda x: {"most": x.max()}  # noqa: E731
+    wide = 8192 if jax.default_backend() != "cpu" else 2048
+    right = jnp.full((wide, wide), 1 / wide, dtype)
+    product = Jax(jnp.matmul, right, [(right,)], most, passed_on, least=2)
+    product.result()
+    return 2 * wide**3 / timed([product.program()], seconds)[0].median

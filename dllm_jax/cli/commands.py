@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from dllm_jax import checkpoint, watch
-from dllm_jax.cli import answering, table, terminal
+from dllm_jax.cli import answering, table, terminal, training
 from dllm_jax.cli.answering import Answer, Clock, Loaded
 from dllm_jax.cli.background import background
 from dllm_jax.cli.benchmark import benchmark
@@ -16,6 +16,7 @@ from dllm_jax.cli.chat import talk
 from dllm_jax.cli.choice import Choice, asked, named
 from dllm_jax.cli.describe import describe
 from dllm_jax.cli.options import (
+    Adapt,
     Bench,
     Chat,
     Command,
@@ -26,7 +27,9 @@ from dllm_jax.cli.options import (
     Info,
     ModelOptions,
     Plan,
+    Plot,
     Recipes,
+    Train,
 )
 from dllm_jax.cli.planning import planning
 from dllm_jax.cli.storing import storing
@@ -54,6 +57,12 @@ def run(command: Command) -> None:
             planning(command)
         case Data():
             storing(command)
+        case Train():
+            training.train(command)
+        case Adapt():
+            training.adapt(command)
+        case Plot():
+            training.plot(command)
 
 
 def generate(command: Generate) -> None:

@@ -440,6 +440,79 @@ class Data(Command):
             raise ValueError(f"--heldout {self.heldout} is a share in [0, 1), as in 0.01")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train(Command):
+    """Train a model as a file says. Every field of its config is an option; CONFIG.py --help lists
+    them.
+
+    dllm-jax train configs/sudoku.py --steps 2000
+    """
+
+    config: Annotated[Positional[str], _word("CONFIG.py[:NAME] [--FIELD VALUE ...]")]
+    """A Python file that exports `config`, a `pretraining.Train`; or another, by its name."""
+
+    fields: tyro.conf.Suppress[tuple[str, ...]] = ()
+    """What follows: see `with_fields`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adapt(Command):
+    """Turn an autoregressive model into a diffusion one as a file says: by an adapter that mask
+    tokens alone feel, by LoRA, or by training all of it.
+
+    dllm-jax adapt configs/adapt_smollm2.py:gpu --steps 3000
+    """
+
+    config: Annotated[Positional[str], _word("CONFIG.py[:NAME] [--FIELD VALUE ...]")]
+    """A Python file that exports `config`, an `adaptation.Adapt`; or another, by its name."""
+
+    fields: tyro.conf.Suppress[tuple[str, ...]] = ()
+    """What follows: see `with_fields`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plot(Command):
+    """Draw the curves of one or several runs.
+
+    dllm-jax plot runs/a runs/b --figures loss heldout_loss+loss --smooth 50
+    """
+
+    runs: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN ...")]
+    """Folders of runs."""
+
+    out: Annotated[Path | None, _word("FILE.png")] = None
+    """Where to draw; <RUN>/loss.png of the first by default."""
+
+    figures: Annotated[tuple[str, ...], _default("NAME ...", "loss, held out, and drafts")] = ()
+    """Names in the metrics, a panel each; a+b in one, and * stands for anything."""
+
+    smooth: int = 1
+    """Draw the running mean of so many points."""
+
+    log_x: bool = False
+    """Steps on a logarithmic axis."""
+
+    log_y: bool = False
+    """Figures on logarithmic axes."""
+
+    def check(self) -> None:
+        if not self.runs:
+            raise ValueError("give the folder of a run, as in: dllm-jax plot runs/mine")
+        if self.smooth < 1:
+            raise ValueError(f"--smooth {self.smooth} must be at least 1")
+
+
+def with_fields(arguments: list[str]) -> Train | Adapt | None:
+    """The command of a line that names a file, whose config says what may follow; else None."""
+    kinds = {"train": Train, "adapt": Adapt}
+    if len(arguments) < 2 or arguments[0] not in kinds or arguments[1].startswith("-"):
+        return None
+    fields = tuple(word for word in arguments[2:] if word != "--debug")
+    return kinds[arguments[0]](
+        config=arguments[1], fields=fields, debug=len(fields) < len(arguments) - 2
+    )
+
+
 def mesh_sizes(text: str) -> dict[str, int]:
     """The sizes of a mesh's axes, "data=2,tensor=4".
 
@@ -464,4 +537,7 @@ AnyCommand = (
     | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Data, tyro.conf.subcommand("data")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Adapt, tyro.conf.subcommand("adapt")]
+    | Annotated[Plot, tyro.conf.subcommand("plot")]
 )

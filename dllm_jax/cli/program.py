@@ -18,7 +18,7 @@ import tyro
 
 from dllm_jax.cli import INTERRUPTED
 from dllm_jax.cli.background import background, busy
-from dllm_jax.cli.options import AnyCommand, Command
+from dllm_jax.cli.options import AnyCommand, Command, with_fields
 
 
 def program(argv: Sequence[str] | None) -> int:
@@ -27,10 +27,10 @@ def program(argv: Sequence[str] | None) -> int:
     if arguments == ["--version"]:
         print(f"dllm-jax {version()}")
         return 0
-    command = tyro.cli(
+    command = with_fields(arguments) or tyro.cli(
         tyro.conf.FlagCreatePairsOff[AnyCommand],
         prog="dllm-jax",
-        description="Decode diffusion language models. --version prints the version.",
+        description="Decode and train diffusion language models. --version prints the version.",
         args=arguments or ["--help"],
     )
     code = _run(command)

@@ -9,7 +9,8 @@ teacher into a block-causal student.
 
 from dllm_jax.losses.causal import Autoregressive
 from dllm_jax.losses.diffusion import Diffusion
+from dllm_jax.losses.distillation import Distillation
 from dllm_jax.losses.dual_stream import DualStream
 from dllm_jax.losses.objective import Drawn, Objective
 
-__all__ = ["Autoregressive", "Diffusion", "Drawn", "DualStream", "Objective"]
+__all__ = ["Autoregressive", "Diffusion", "Distillation", "Drawn", "DualStream", "Objective"]

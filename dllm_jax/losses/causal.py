@@ -36,6 +36,10 @@ class Autoregressive:
 
         return automatic(run, placed(), params, batch)
 
+    def entries(self, batch: int, length: int) -> float:
+        """Positions that a step computes, forward and backward."""
+        return batch * length
+
     def draw(self, model: Any, batch: dict[str, jax.Array], key: Key) -> Drawn:
         """The batch and its number of learnt tokens."""
         return Drawn(batch, {"learnt": jnp.maximum(answers(batch).sum(), 1)})

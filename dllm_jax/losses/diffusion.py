@@ -74,6 +74,9 @@ class Diffusion:
     # (Analog Bits, 2208.04202), for models that can be told; the first read has no gradient.
     self_conditioning: float = 0.0
     predict_mask: bool = False  # True: the mask token is in the softmax, as in LLaDA's
+    # Tokens of the longest answer, where prompts are long: so many are noised behind a prompt, in
+    # whole blocks, and none behind them is learnt. 0: as many as a row has.
+    longest: int = 0
     stratified: bool = True  # noise levels of a batch spread over [0, 1], as MDLM and BD3-LM do
 
     def __post_init__(self):
@@ -105,6 +108,13 @@ class Diffusion:
             return self.score(model, params, self.draw(model, batch, key))
 
         return automatic(run, placed(), params, batch, key)
+
+    def entries(self, batch: int, length: int) -> float:
+        """Positions that a step computes, forward and backward; the clean text's are some."""
+        samples = 1 + self.complementary
+        noisy = batch * samples * self._span(length)
+        told = noisy / 3 if self.self_conditioning else 0.0  # a forward pass alone
+        return noisy + told + (batch * length if self.noise.block_size else 0)
 
     def draw(self, model: Any, batch: dict[str, jax.Array], key: Key) -> Drawn:
         """The noise of a batch, with the batch: what `score` takes, whole or in parts."""
@@ -163,7 +173,8 @@ class Diffusion:
         tokens = batch["tokens"]
         rows, length = tokens.shape
         size = self.noise.block_size or length
-        count = -(-length // size)
+        span = length if "segments" in batch else self._span(length)
+        count = -(-span // size)
         start = jnp.zeros(rows, jnp.int32)
         if self.noise.block_size and "segments" not in batch:
             start = batch["prompts"]
@@ -211,6 +222,14 @@ class Diffusion:
             figures["ar"] = (ar * answers(batch)).sum() / totals["scored"]
             loss = loss + self.ar_weight * figures["ar"]
         return loss, figures
+
+    def _span(self, length: int) -> int:
+        """Noisy entries of a row: whole blocks, one more where an answer begins within one."""
+        size = self.noise.block_size
+        if not size:
+            return length
+        whole = -(-length // size) * size
+        return min(whole, (-(-self.longest // size) + 1) * size) if self.longest else whole
 
     def _levels(self, key: Key, rows: int, count: int) -> Float[Array, "B G"]:
         if not self.stratified:

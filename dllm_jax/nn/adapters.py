@@ -50,6 +50,27 @@ def low_rank(
     return jnp.where(gate.reshape(gate.shape + (1,) * (delta.ndim - 2)), delta, 0)
 
 
+def merged(params: Params, config: AdapterConfig) -> Params:
+    """The parameters with an adapter for every token in the weights: W + scale * A B, in float32.
+
+    Raises:
+      ValueError: the adapter is gated, and so no change of the weights.
+    """
+    if config.gated:
+        raise ValueError(
+            "mask tokens alone feel this adapter: it cannot be merged into the weights"
+        )
+    layers = {name: dict(part) for name, part in params["layers"].items()}
+    for name, pair in params["adapter"].items():
+        part = layers["attention" if name in layers["attention"] else "mlp"]
+        weight = part[name]
+        out = pair["out"].reshape(*pair["out"].shape[:2], -1).astype(jnp.float32)
+        change = jnp.einsum("lir,lro->lio", pair["in"].astype(jnp.float32), out) * config.scale
+        wide = weight.astype(jnp.float32) + change.reshape(weight.shape)
+        part[name] = wide.astype(weight.dtype)
+    return {**{k: v for k, v in params.items() if k != "adapter"}, "layers": layers}
+
+
 def init_adapter(key: Key, shapes: Params, config: AdapterConfig, params: Params) -> Params:
     """A fresh adapter: `out` is zero, the mask embedding (if any) is the mean of the vocabulary's.
 

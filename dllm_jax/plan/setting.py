@@ -8,7 +8,7 @@ from dllm_jax.plan.architectures import AnyConfig, architecture
 from dllm_jax.policies.chance import random_part
 
 MODES = ("decode", "prefill", "train")
-_NOISE = 8  # at least: that of configs/adapt_smollm2_gpu.py
+_NOISE = 8  # at least: that of configs/adapt_smollm2.py:gpu
 _WIDTHS = ("block_size", "canvas", "width")  # how recipes call the size of their blocks
 
 

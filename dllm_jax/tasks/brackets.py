@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -47,7 +48,7 @@ class Brackets:
         room = self.holes * (self.hole + 1) + 1
         return room + room % 2
 
-    @property
+    @cached_property
     def vocabulary(self) -> Vocabulary:
         return Vocabulary("".join(_PAIRS[: self.kinds]) + "?=")
 

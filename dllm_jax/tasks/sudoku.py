@@ -8,10 +8,12 @@ what all variants have in common (`signature`).
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import ClassVar, NamedTuple
 
 import numpy as np
+from etils import epath
+from rich.progress import track
 
 from dllm_jax import sources
 from dllm_jax.data.rows import Row
@@ -23,10 +25,8 @@ from dllm_jax.tasks.task import (
     generator,
     number_of,
     one_of,
-    placed,
     split_of,
     within,
-    written,
 )
 
 BLOCK = 16  # puzzles of a file in the cache
@@ -73,7 +73,7 @@ class Sudoku:
         if self.clues is not None:
             within("clues", self.clues, 1, self.size**2)
 
-    @property
+    @cached_property
     def vocabulary(self) -> Vocabulary:
         return Vocabulary(".123456789"[: self.size + 1])
 
@@ -88,10 +88,11 @@ class Sudoku:
 
     def example(self, split: str, index: int, seed: int = 0) -> Row:
         puzzle = self.puzzle(split, index, seed)
-        solution = _text(puzzle.solution)
+        solution = _ids(puzzle.solution)
         if self.layout == "canvas":
-            return placed(self.vocabulary, solution, puzzle.clues == 0)
-        return written(self.vocabulary, _text(puzzle.clues), solution)
+            return Row(solution, 0, puzzle.clues > 0)
+        end = np.full(1, Vocabulary.eos_id, np.int32)
+        return Row(np.concatenate([_ids(puzzle.clues), solution, end]), self.size**2)
 
     def puzzle(self, split: str, index: int, seed: int = 0) -> Puzzle:
         """The puzzle of that number."""
@@ -99,16 +100,17 @@ class Sudoku:
         if split != "train":
             block = _block(self.size, self.clues, split, seed, index // BLOCK)
             return Puzzle(*block[:, index % BLOCK])
-        return variant(self.size, Puzzle(*self._bases(seed)[:, draw.integers(self.pool)]), draw)
+        bases = _pool(self.size, self.clues, seed, self.pool)
+        return variant(self.size, Puzzle(*bases[:, draw.integers(self.pool)]), draw)
 
     def check(self, row: Row, tokens: Sequence[int] | np.ndarray) -> bool:
         answer = answer_of(self.vocabulary, row, tokens)
         if answer is None:
             return False
         if self.layout == "canvas":
-            return is_solution(self.size, self._digits(self.vocabulary.decode(tokens)))
-        clues = self._digits(self.vocabulary.decode(row.tokens[: row.prompt]))
-        cells = self._digits(answer)
+            return is_solution(self.size, _digits(self.vocabulary.decode(tokens)))
+        clues = _digits(self.vocabulary.decode(row.tokens[: row.prompt]))
+        cells = _digits(answer)
         return is_solution(self.size, cells) and all(
             not clue or clue == cell for clue, cell in zip(clues, cells, strict=True)
         )
@@ -119,13 +121,6 @@ class Sudoku:
         grids = [text[at : at + n * n] for at in range(0, len(text), n * n)]
         lines = zip(*([g[at : at + n] for at in range(0, n * n, n)] for g in grids), strict=True)
         return "\n".join("   ".join(" ".join(line) for line in beside) for beside in lines)
-
-    def _bases(self, seed: int) -> np.ndarray:
-        return _pool(self.size, self.clues, seed, self.pool)
-
-    def _digits(self, text: str) -> list[int]:
-        """0 for all that is no digit."""
-        return [int(symbol) if symbol.isdecimal() else 0 for symbol in text]
 
 
 def variant(size: int, puzzle: Puzzle, draw: np.random.Generator) -> Puzzle:
@@ -173,28 +168,35 @@ def signature(size: int, clues: np.ndarray) -> str:
 def _pool(size: int, clues: int | None, seed: int, count: int) -> np.ndarray:
     """int8[2, count, n * n]: clues and solutions of the training split's puzzles."""
     blocks = range(-(-count // BLOCK))
-    parts = [_block(size, clues, "train", seed, block) for block in blocks]
+    there = _path(size, clues, "train", seed, blocks[-1]).exists()
+    parts = [
+        _block(size, clues, "train", seed, block)
+        for block in track(blocks, "Digging puzzles", transient=True, disable=there or count < 1000)
+    ]
     return np.concatenate(parts, 1)[:, :count]
 
 
-@lru_cache(64)
+@lru_cache(1024)
 def _block(size: int, clues: int | None, split: str, seed: int, block: int) -> np.ndarray:
     """int8[2, BLOCK, n * n]: some dug puzzles of a split, from the cache if they are there."""
-    kind = f"{size}-{'drawn' if clues is None else clues}-v{VERSION}"
-    folder = sources.cache_folder() / "sudoku" / kind
-    path = folder / f"{split}-{seed}-{block:05d}.npz"
+    path = _path(size, clues, split, seed, block)
     if path.exists():
         with path.open("rb") as file, np.load(file) as found:
             return np.stack([found["clues"], found["solutions"]])
     numbers = range(block * BLOCK, (block + 1) * BLOCK)
     made = [dug(size, clues, split, number, seed) for number in numbers]
     puzzles, solved = np.stack([p.clues for p in made]), np.stack([p.solution for p in made])
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{path.stem}.{os.getpid()}.partial"  # a crash leaves no half of a file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.parent / f"{path.stem}.{os.getpid()}.partial"  # a crash leaves no half of a file
     with partial.open("wb") as file:
         np.savez_compressed(file, clues=puzzles, solutions=solved)
     partial.rename(path)
     return np.stack([puzzles, solved])
+
+
+def _path(size: int, clues: int | None, split: str, seed: int, block: int) -> epath.Path:
+    kind = f"{size}-{'drawn' if clues is None else clues}-v{VERSION}x{BLOCK}"
+    return sources.cache_folder() / "sudoku" / kind / f"{split}-{seed}-{block:05d}.npz"
 
 
 def dug(size: int, clues: int | None, split: str, number: int, seed: int) -> Puzzle:
@@ -220,5 +222,11 @@ def _drawn_clues(size: int, draw: np.random.Generator) -> int:
     return int(np.clip(np.rint(draw.normal(mean, deviation)), least, most))
 
 
-def _text(grid: np.ndarray) -> str:
-    return "".join(".123456789"[digit] for digit in grid)
+def _ids(grid: np.ndarray) -> np.ndarray:
+    """Those of ".123456789" follow each other: what the vocabulary encodes, without the text."""
+    return grid.astype(np.int32) + 3
+
+
+def _digits(text: str) -> list[int]:
+    """0 for all that is no digit."""
+    return [int(symbol) if symbol.isdecimal() else 0 for symbol in text]

@@ -202,6 +202,7 @@ def restore(
     *,
     like: Params | None = None,
     dtype: Any = None,
+    ema: bool = False,
 ) -> tuple[int, Params]:
     """Trained parameters from a run's newest readable checkpoint, and its step.
 
@@ -216,16 +217,19 @@ def restore(
       like: a tree with (at least) these entries, of arrays or `jax.ShapeDtypeStruct`s, whose
         sharding and dtype they get; by default they are as saved, on the default device.
       dtype: of all of them, instead.
+      ema: their running average instead, which is in float32 by default.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
-      ValueError: a name was not trained, or `like` has other shapes, or no checkpoint is readable.
+      ValueError: a name was not trained, or `like` has other shapes, or no checkpoint is readable,
+        or no average was kept.
     """
-    root = epath.Path(run)
-    root = root / "checkpoints" if (root / "checkpoints").exists() else root
+    root, entry = _root(run), "ema" if ema else "trainable"
 
     def load(path: epath.Path, step: int) -> Params:
-        saved = facts_of(path)[0]["trainable"]
+        saved = facts_of(path)[0].get(entry)
+        if saved is None:
+            raise ValueError(f"{run} kept no average of its parameters (Fit.ema)")
         chosen = tuple(saved) if names is None else names
         if unknown := [name for name in chosen if name not in saved]:
             raise ValueError(f"{unknown} was not trained in {run}; there are {sorted(saved)}")
@@ -235,12 +239,55 @@ def restore(
             given = {name: like[name] for name in chosen if name in like}
             check(entries, given, f"step {step} of {run} does not fit `like`", dtypes=False)
         target = jax.tree.map(lambda x: target_of(x, dtype), given)
-        return read(path, {"trainable": target}, partial=True)["trainable"]
+        return read(path, {entry: target}, partial=True)[entry]
 
     found = restore_newest(root, load, move=False)
     if found is None:
         raise FileNotFoundError(f"{run} has no checkpoint")
     return found
+
+
+def average(run: PathLike, last: int, *, like: Params | None = None) -> tuple[list[int], Params]:
+    """The mean of what was trained, over a run's last checkpoints, and their steps.
+
+    Sums are in float32, the result in the dtype and where `like` is (`restore`). `Fit.keep` says
+    how many checkpoints a run keeps.
+
+    Raises:
+      FileNotFoundError: there are fewer.
+      ValueError: one of them is damaged, or `like` has other shapes.
+    """
+    root = _root(run)
+    chosen = sorted(steps(root))[-last:] if last > 0 else []
+    if not chosen or len(chosen) < last:
+        raise FileNotFoundError(
+            f"{run} has {len(chosen)} checkpoints, not last={last}; see Fit.keep"
+        )
+    total: Any = None
+    saved: Params = {}
+    for step in chosen:
+        path = root / str(step)
+        if reason := _damage(path):
+            raise ValueError(f"the checkpoint of step {step} is damaged: {reason}")
+        try:
+            saved = facts_of(path)[0]["trainable"]
+            if like is not None:
+                like = {name: like[name] for name in saved if name in like}
+                check(saved, like, f"step {step} of {run} does not fit `like`", dtypes=False)
+            homes = saved if like is None else like
+            target = jax.tree.map(lambda x: target_of(x, jnp.float32), homes)
+            found = read(path, {"trainable": target}, partial=True)["trainable"]
+        except Unreadable as error:
+            raise ValueError(f"the checkpoint of step {step} is damaged: {error}") from error
+        total = found if total is None else jax.tree.map(jnp.add, total, found)
+    dtypes = saved if like is None else like
+    return chosen, jax.tree.map(lambda x, at: (x / last).astype(at.dtype), total, dtypes)
+
+
+def _root(run: PathLike) -> epath.Path:
+    """The folder of a run's checkpoints."""
+    root = epath.Path(run)
+    return root / "checkpoints" if (root / "checkpoints").exists() else root
 
 
 def check(

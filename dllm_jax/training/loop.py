@@ -4,6 +4,8 @@ A run is a folder:
 
     <run>/checkpoints/   Orbax: the trained parameters, the optimiser, and the position in the data
     <run>/metrics.jsonl  one line a logged step
+    <run>/samples.jsonl  what evaluations wrote in words
+    <run>/spikes/        batches of steps that were not applied
     <run>/loss.png       the curve, when matplotlib is there
 
 Interrupted (SIGTERM, SIGINT) it saves and returns; killed, it falls back to the last checkpoint.
@@ -15,24 +17,33 @@ process reads of the batch follows from where its devices stand in the mesh.
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
 
 from dllm_jax import distributed
 from dllm_jax.data import Source, batches
 from dllm_jax.losses import Objective
-from dllm_jax.nn.transformer import Transformer
-from dllm_jax.sharding import EVERY, Rules, mesh_of, scope, shardings
-from dllm_jax.training import checkpoints, records
-from dllm_jax.training.step import TrainState, make_train_step
+from dllm_jax.sharding import EVERY, Rules, scope
+from dllm_jax.training import checkpoints, curves, records
+from dllm_jax.training.feed import Feed, training_mesh
+from dllm_jax.training.reports import reports
+from dllm_jax.training.spikes import Spike, Watch
+from dllm_jax.training.step import TrainState, make_train_step, trained, with_extras
+from dllm_jax.training.throughput import Meter, step_flops
 from dllm_jax.typing import Key, Params
+
+Found = Mapping[str, float | str | Sequence[str]]
+Evaluation = Callable[[Params, int], Found]
+"""Figures of parameters at a step, and samples: strings."""
+
+
+OnSpike = Literal["stop", "skip", "ignore"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +57,13 @@ class Fit:
     seed: int = 0
     accumulate: int = 1
     """Parts of a batch that are passed one after the other, for the memory of one."""
+    ema: float = 0.0
+    """Decay of a running average of the parameters, which is evaluated; 0: there is none."""
+    on_spike: OnSpike = "stop"
+    """A step whose loss or gradient is not finite, or a spike: it is not applied, its batch is
+    kept, and the run stops or goes on; ignore: it is applied."""
+    spike: float = 0.0
+    """A loss so many times the median of the last 32 is a spike; 0: none is."""
     minutes: float | None = None
     """Stop after this much time in this process, saved and ready to be continued."""
     save_every: int = 50
@@ -57,14 +75,27 @@ class Fit:
     """Their folder, by default in the run's. All processes must see it: where hosts share no disk,
     a bucket (gs://...)."""
     log_every: int = 1
-    """Many processes look for signals, and at the clock, at logged steps only."""
+    """Many processes look for signals, and at the clock, at logged steps only. To stop at a spike,
+    every step is looked at."""
     evaluate_every: int = 100
+    peak_flops: float | None = None
+    """FLOP/s of one device at most; given, the metrics tell the share that is used (mfu)."""
+    report: tuple[str, ...] = ()
+    """Where figures go besides metrics.jsonl: tensorboard, wandb, trackio."""
+
+    def __post_init__(self):
+        if self.on_spike not in ("stop", "skip", "ignore"):
+            raise ValueError(f"on_spike={self.on_spike!r} is not stop, skip or ignore")
+        if self.on_spike == "ignore" and self.spike:
+            raise ValueError(
+                f"spike={self.spike} does nothing where on_spike is ignore: stop or skip"
+            )
 
 
 def fit(
     run: Path,
     config: Fit,
-    model: Transformer,
+    model: Any,
     params: Params,
     state: TrainState,
     objective: Objective,
@@ -73,6 +104,7 @@ def fit(
     heldout: Source | None = None,
     *,
     rules: Rules = EVERY,
+    evaluations: Mapping[str, Evaluation] | None = None,
 ) -> TrainState:
     """Trains until `config.steps`, the time budget, or a signal; continues what the folder holds.
 
@@ -84,28 +116,45 @@ def fit(
       params: all parameters, on one device or on a mesh; with many processes, on one of them all.
       state: a fresh state (`create`); replaced by the folder's newest checkpoint when there is one.
       rules: those that the parameters were placed by.
+      evaluations: what is asked of all parameters (of their average, where one is kept) every
+        `config.evaluate_every` steps, by all processes. Numbers go into the metrics as
+        `<name>_<figure>`, strings into samples.jsonl.
 
     Returns:
-      The last state, which is also on disk when any step was made.
+      The last state, which is also on disk when any step was made. What it trained is
+      `trained(state)`.
 
     Raises:
       ValueError: the folder holds a run of other parameters, another optimiser, or another seed,
         batch, length or data, or no checkpoint of it can be read; or the batch does not fit the
         mesh. A new number of steps is welcome: the schedule follows it. So is another mesh.
+      Spike: a step was not applied, and `config.on_spike` is stop.
+      ModuleNotFoundError: what `config.report` names is not installed.
     """
     run.mkdir(parents=True, exist_ok=True)
-    mesh = _mesh_of(params)
+    mesh = training_mesh(params)
     feed = Feed(config.batch, mesh, rules, parts=config.accumulate)
     shape = dict(batch=config.batch, length=config.length)
     pad_id = model.config.pad_id
     data = batches(source, pad_id=pad_id, seed=config.seed, rows=feed.rows, **shape)
-    step = make_train_step(model, objective, tx, accumulate=config.accumulate)
+    guarded, stops = config.on_spike != "ignore", config.on_spike == "stop"
+    step = make_train_step(
+        model, objective, tx, accumulate=config.accumulate, ema=config.ema,
+        spike=config.spike if guarded else None,
+    )  # fmt: skip
+    state = with_extras(state, ema=config.ema > 0, losses=config.spike > 0)
+    asked: dict[str, Evaluation] = dict(evaluations or {})
+    if heldout is not None:
+        look = partial(evaluate, model, objective=objective, source=heldout, rules=rules, **shape)
+        asked = {"heldout": lambda params, step: look(params), **asked}
     key = jax.random.key(config.seed)
     budget = float("inf") if config.minutes is None else 60 * config.minutes
     deadline = time.monotonic() + budget
     numbers = {"seed": config.seed, **shape, "rows": len(source)}
     folder = config.checkpoints or run / "checkpoints"
     first, alone = distributed.is_first(), jax.process_count() == 1
+    watch = Watch(run, key)
+    meter = Meter(*_rates(config, model, objective, state, 1 if mesh is None else mesh.size))
     with scope(params), records.interrupts() as interrupted:
         state = _restore(folder, state, data, numbers)
         done = began = int(state.step)
@@ -116,46 +165,63 @@ def fit(
             over = first and time.monotonic() >= deadline
             return distributed.any_process(over or interrupted())
 
+        def write(step: int, figures: dict[str, float]) -> None:
+            log({"step": step, **figures})
+            report(step, figures)
+
         with (
             _saver(folder, config) as saver,
-            records.metrics(run / "metrics.jsonl", done) as write,
+            records.metrics(run / "metrics.jsonl", done) as log,
+            _samples(run, done, evaluations) as tell,
+            reports(run, config.report, dataclasses.asdict(config)) as report,
             records.progress(config.steps, done) as show,
         ):
             while done < config.steps and not stop():
-                start = time.perf_counter()
+                position = data.get_state()
                 given = feed.place(next(data))
                 if done == began:
                     distributed.compile_together(step, state, params, given, key)
                 state, figures = step(state, params, given, key)
                 done += 1
+                meter.add(figures)
+                if guarded:
+                    watch.add(done, given, figures)
+                if stops and (kept := watch.look()):
+                    found = meter.look()
+                    write(done, found)
+                    before = dataclasses.replace(state, step=state.step - 1)
+                    _save(saver, done - 1, before, position, numbers)
+                    saver.wait()
+                    raise _spike(done, found, folder, kept[0])
                 if done % config.log_every == 0 or done == config.steps:
-                    figures = {name: float(v) for name, v in jax.device_get(figures).items()}
-                    write({"step": done, **figures, "seconds": time.perf_counter() - start})
-                    show(done, figures)
-                if (
-                    heldout is not None
-                    and config.evaluate_every
-                    and done % config.evaluate_every == 0
-                ):
-                    figures = evaluate(
-                        model, {**params, **state.trainable}, objective, heldout, rules=rules,
-                        **shape,
-                    )  # fmt: skip
-                    write({"step": done, **{f"heldout_{name}": v for name, v in figures.items()}})
+                    watch.look()
+                    found = meter.look()
+                    write(done, found)
+                    show(done, found)
+                if asked and config.evaluate_every and done % config.evaluate_every == 0:
+                    with meter.pause():
+                        whole = {**params, **trained(state)}
+                        for name, ask in asked.items():
+                            numeric, samples = _told(name, ask(whole, done))
+                            write(done, numeric)
+                            for row in samples:
+                                tell({"step": done, **row})
                 if done % config.save_every == 0:
-                    _save(saver, done, state, data, numbers)
-            _save(saver, done, state, data, numbers)
+                    with meter.pause():
+                        _save(saver, done, state, data.get_state(), numbers)
+            watch.look()
+            _save(saver, done, state, data.get_state(), numbers)
     if first:
-        records.plot(run)
+        curves.plot(run)
     return state
 
 
 def evaluate(
-    model: Transformer, params: Params, objective: Objective, source: Source, *, batch: int,
+    model: Any, params: Params, objective: Objective, source: Source, *, batch: int,
     length: int, seed: int = 0, limit: int = 64, rules: Rules = EVERY,
 ) -> dict[str, float]:  # fmt: skip
     """Mean figures of the objective over `limit` rows, the same ones for the same seed."""
-    mesh = _mesh_of(params)
+    mesh = training_mesh(params)
     batch = min(batch, len(source))
     feed = Feed(batch, mesh, rules, whole=True)
     pad_id = model.config.pad_id
@@ -173,79 +239,15 @@ def evaluate(
 
 
 @partial(jax.jit, static_argnums=(0, 1))  # compiled once, however often a run evaluates
-def _figures(model: Transformer, objective: Objective, params: Params, batch, key: Key):
+def _figures(model: Any, objective: Objective, params: Params, batch, key: Key):
     return objective.loss(model, params, batch, key)[1]
 
 
-class Feed:
-    """How batches get onto a mesh: which rows this process reads, and where they go.
-
-    Without a mesh it reads all of them, and leaves them where they are.
-    """
-
-    rows: np.ndarray  # int[R]: of each batch, those that this process reads
-
-    def __init__(
-        self, batch: int, mesh: Mesh | None, rules: Rules, *, parts: int = 1, whole: bool = False
-    ):
-        """Splits batches by `rules`; where `whole` says so, one that does not divide stays whole.
-
-        Raises:
-          ValueError: the batch does not divide over the mesh, in so many parts.
-        """
-        self.batch, self.rows = batch, np.arange(batch)
-        if batch % parts:
-            raise ValueError(f"accumulate={parts} must divide batch={batch}")
-        self._homes: dict[int, NamedSharding] | None = None
-        if mesh is None:
-            return
-        axes: Any = {1: ("batch",), 2: ("batch", None)}  # by an array's number of dimensions
-        homes = shardings(axes, mesh, rules)
-        shards = batch // homes[1].shard_shape((batch,))[0] if _divides(homes[1], batch) else 0
-        if not shards or batch // parts % shards:
-            if not whole:
-                raise ValueError(
-                    f"batch={batch} in {parts} part{'s' * (parts > 1)} does not divide over the "
-                    f"data axes of the mesh {dict(mesh.shape)}; choose a multiple"
-                )
-            homes = shardings({n: (None,) * n for n in axes}, mesh, rules)
-        self._homes = homes
-        own = homes[1].addressable_devices_indices_map((batch,)).values()
-        self.rows = np.unique(np.concatenate([np.arange(batch)[index] for index in own]))
-
-    def place(self, given: dict[str, np.ndarray]) -> dict[str, Any]:
-        """The global arrays of a batch, of this process's rows."""
-        if self._homes is None:
-            return given
-        homes = self._homes
-
-        def one(local: np.ndarray) -> jax.Array:
-            def shard(index: Any) -> np.ndarray:
-                return local[np.searchsorted(self.rows, np.arange(self.batch)[index[0]])]
-
-            shape = (self.batch, *local.shape[1:])
-            return jax.make_array_from_callback(shape, homes[local.ndim], shard)
-
-        return {name: one(local) for name, local in given.items()}
-
-
-def _divides(home: NamedSharding, batch: int) -> bool:
-    try:
-        home.shard_shape((batch,))
-    except ValueError:
-        return False
-    return True
-
-
-def _mesh_of(params: Params) -> Mesh | None:
-    """The mesh that parameters lie on; None: they are on one device."""
-    mesh = mesh_of(params)
-    if mesh is None and jax.process_count() > 1:
-        raise ValueError(
-            f"{jax.process_count()} processes train on one mesh of all their devices: place the "
-            "parameters on it (load with mesh=make_mesh())"
-        )
-    return mesh
+def _samples(run: Path, done: int, evaluations: Any) -> Any:
+    """As `records.metrics`; a run without evaluations has no file of samples."""
+    if not evaluations:
+        return contextlib.nullcontext(lambda row: None)
+    return records.metrics(run / "samples.jsonl", done)
 
 
 @contextlib.contextmanager
@@ -261,8 +263,8 @@ def _saver(folder: Path | str, config: Fit) -> Iterator[checkpoints.Saver]:
     saver.close()
 
 
-def _save(saver: checkpoints.Saver, step: int, state: TrainState, data, numbers) -> None:
-    saver.save(step, _as_dict(state), {"data": data.get_state(), "numbers": numbers})
+def _save(saver: checkpoints.Saver, step: int, state: TrainState, position, numbers) -> None:
+    saver.save(step, _as_dict(state), {"data": position, "numbers": numbers})
 
 
 def _restore(folder: Path | str, state: TrainState, data, numbers: dict[str, int]) -> TrainState:
@@ -290,17 +292,52 @@ def _restore(folder: Path | str, state: TrainState, data, numbers: dict[str, int
     loaded, facts = found[1]
     data.set_state(facts["data"])
     optimiser = jax.tree.structure(state.opt_state)
-    return TrainState(
-        loaded["step"],
-        loaded["trainable"],
-        jax.tree.unflatten(optimiser, jax.tree.leaves(loaded["opt_state"])),
-    )
+    moments = jax.tree.unflatten(optimiser, jax.tree.leaves(loaded.pop("opt_state")))
+    return TrainState(opt_state=moments, **loaded)
 
 
 def _as_dict(state: TrainState) -> Params:
     """Plain containers, the optimiser's leaves in order: a checkpoint outlives its classes."""
+    extras = {"ema": state.ema, "losses": state.losses}
     return {
         "step": state.step,
         "trainable": state.trainable,
         "opt_state": {f"{i:04d}": leaf for i, leaf in enumerate(jax.tree.leaves(state.opt_state))},
+        **{name: extra for name, extra in extras.items() if extra is not None},
     }
+
+
+def _rates(
+    config: Fit, model: Any, objective: Any, state: TrainState, devices: int
+) -> tuple[float | None, float | None]:
+    """FLOPs of a step, and of all devices in a second; None where they are not known."""
+    if config.peak_flops is None:
+        return None, None
+    entries = config.batch * config.length
+    if hasattr(objective, "entries"):
+        entries = objective.entries(config.batch, config.length)
+    flops = step_flops(model.config, state.trainable, entries=entries, length=config.length)
+    return flops, config.peak_flops * devices
+
+
+def _told(name: str, found: Found) -> tuple[dict[str, float], list[dict[str, str]]]:
+    """What an evaluation found: numbers for the metrics, and rows of samples."""
+    numbers: dict[str, float] = {}
+    samples: list[dict[str, str]] = []
+    for figure, value in found.items():
+        if isinstance(value, str):
+            value = [value]
+        if isinstance(value, Sequence):
+            samples += [{"name": f"{name}_{figure}", "text": text} for text in value]
+        else:
+            numbers[f"{name}_{figure}"] = float(value)
+    return numbers, samples
+
+
+def _spike(done: int, figures: dict[str, float], folder: Any, path: Path) -> Spike:
+    return Spike(
+        f"step {done} is not applied: its loss is {figures['loss']:.4g}, the norm of its gradient "
+        f"{figures['grad_norm']:.4g}. Its batch and key are in {path} (training.read_spike), the "
+        f"state before it is checkpoint {done - 1} of {folder}. To go on without this batch, "
+        "start again with on_spike=skip"
+    )

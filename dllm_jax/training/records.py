@@ -1,4 +1,4 @@
-"""What a run writes for people: its metrics, its curve, the bar, and what a signal asks of it.
+"""What a run writes for people: its metrics, its samples, the bar, and what a signal asks of it.
 
 Of many processes the first writes; on the others these do nothing.
 """
@@ -54,7 +54,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def progress(steps: int, done: int) -> Iterator[Callable[[int, dict[str, float]], None]]:
-    """A bar with the loss beside it."""
+    """A bar with the loss and the speed beside it."""
     if not distributed.is_first():
         yield lambda done, figures: None
         return
@@ -67,45 +67,22 @@ def progress(steps: int, done: int) -> Iterator[Callable[[int, dict[str, float]]
         progress.TimeElapsedColumn(),
         progress.TimeRemainingColumn(),
     )
+    skipped = 0.0
     with progress.Progress(*columns) as bar:
         task = bar.add_task("training", total=steps, completed=done)
 
         def show(done: int, figures: dict[str, float]) -> None:
-            loss = f"loss {figures['loss']:.3f}"
+            nonlocal skipped
+            words = [f"loss {figures['loss']:.3f}"]
             if "accepted" in figures:
-                loss += f"  accepted {figures['accepted']:.2f}"
-            bar.update(task, completed=done, description=loss)
+                words.append(f"accepted {figures['accepted']:.2f}")
+            if "tokens_per_second" in figures:
+                words.append(f"{figures['tokens_per_second']:,.0f} tokens/s")
+            if "mfu" in figures:
+                words.append(f"mfu {figures['mfu']:.0%}")
+            skipped += figures.get("skipped", 0.0)
+            if skipped:
+                words.append(f"skipped {skipped:.0f}")
+            bar.update(task, completed=done, description="  ".join(words))
 
         yield show
-
-
-def plot(run: Path) -> Path | None:
-    """Draws `<run>/loss.png` from the metrics; None when matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = read_metrics(run / "metrics.jsonl")
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
-    for axis, names in (
-        (left, ("loss", "heldout_diffusion")),
-        (right, ("accepted", "heldout_accepted")),
-    ):
-        for name in names:
-            points = [(row["step"], row[name]) for row in rows if name in row]
-            if points:
-                axis.plot(
-                    *zip(*points, strict=True), label=name, marker="o" if "heldout" in name else ""
-                )
-        axis.set_xlabel("step")
-        if axis.lines:
-            axis.legend()
-    left.set_ylabel("nats per learnt token")
-    right.set_ylabel("drafts that a greedy check would pass")
-    figure.tight_layout()
-    figure.savefig(run / "loss.png", dpi=120)
-    pyplot.close(figure)
-    return run / "loss.png"

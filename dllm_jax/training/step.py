@@ -1,4 +1,4 @@
-"""One training step: what it changes, its gradient in parts, and the optimiser."""
+"""One training step: what it changes, its gradient in parts, and what it refuses to apply."""
 
 import dataclasses
 from functools import partial
@@ -10,9 +10,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from dllm_jax.losses import Objective
-from dllm_jax.nn.transformer import Transformer
 from dllm_jax.sharding import Rules, as_they_lie, automatic, shardings
 from dllm_jax.typing import Key, Params
+
+WINDOW = 32
+"""Applied steps whose losses say what is usual."""
 
 
 @jax.tree_util.register_dataclass
@@ -23,12 +25,25 @@ class TrainState:
     step: jax.Array  # int32[]
     trainable: Params  # a subset of the parameters' top level, e.g. {"adapter": ...}
     opt_state: Any
+    ema: Params | None = None  # float32: the running average of `trainable`, where one is kept
+    losses: jax.Array | None = None  # float32[WINDOW]: of the last applied steps, the newest last
 
 
-def create(params: Params, names: tuple[str, ...], tx: optax.GradientTransformation) -> TrainState:
+def create(
+    params: Params,
+    names: tuple[str, ...],
+    tx: optax.GradientTransformation,
+    *,
+    ema: bool = False,
+    losses: bool = False,
+) -> TrainState:
     """A state that trains the named top-level entries of `params` and leaves the others alone.
 
     What the optimiser keeps of a parameter lies where the parameter does, split as it is split.
+
+    Args:
+      ema: with a running average of the parameters, which starts as they are.
+      losses: with the last losses, which a step with `spike` compares its own with.
     """
     unknown = [name for name in names if name not in params]
     if unknown:
@@ -42,11 +57,45 @@ def create(params: Params, names: tuple[str, ...], tx: optax.GradientTransformat
     # All of it where the parameters are: a state of mixed placement compiles a step twice.
     homes = jax.tree.map(lambda x: x.sharding, given)
     whole = _whole(jax.tree.leaves(homes)[0])
-    moments = optax.tree.map_params(
-        tx.init, lambda _, home: home, jax.eval_shape(tx.init, given), homes,
-        transform_non_params=lambda _: whole,
-    )  # fmt: skip
-    return TrainState(*jax.jit(start, out_shardings=(whole, homes, moments))(given))
+    moments = _homes(jax.eval_shape(tx.init, given), given, whole)
+    state = TrainState(*jax.jit(start, out_shardings=(whole, homes, moments))(given))
+    return with_extras(state, ema=ema, losses=losses)
+
+
+def with_extras(state: TrainState, *, ema: bool, losses: bool) -> TrainState:
+    """The state with an average and the last losses, where they are asked for and not there."""
+    if ema and state.ema is None:
+        homes = jax.tree.map(lambda x: x.sharding, state.trainable)
+        wide = jax.jit(partial(jax.tree.map, _wide), out_shardings=homes)
+        state = dataclasses.replace(state, ema=wide(state.trainable))
+    if losses and state.losses is None:
+        fresh = jax.jit(lambda: jnp.full(WINDOW, jnp.nan), out_shardings=state.step.sharding)
+        state = dataclasses.replace(state, losses=fresh())
+    return state
+
+
+def trained(state: TrainState) -> Params:
+    """What a run has made: the average of the parameters where one is kept, in their dtype."""
+    if state.ema is None:
+        return state.trainable
+    return jax.tree.map(lambda mean, x: mean.astype(x.dtype), state.ema, state.trainable)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    """A copy in float32."""
+    return jnp.array(x, jnp.float32, copy=True)
+
+
+def _homes(moments: Any, given: Params, whole: jax.sharding.Sharding) -> Any:
+    """Where what an optimiser keeps is to lie: with its parameter, told by its name and shape."""
+    known = dict(jax.tree.leaves_with_path(given))
+
+    def one(path: tuple[Any, ...], leaf: Any) -> jax.sharding.Sharding:
+        names = (path[start:] for start in range(len(path)))
+        owner = next((known[name] for name in names if name in known), None)
+        return whole if owner is None or owner.shape != leaf.shape else owner.sharding
+
+    return jax.tree.map_with_path(one, moments)
 
 
 def _whole(home: jax.sharding.Sharding) -> jax.sharding.Sharding:
@@ -57,31 +106,57 @@ def _whole(home: jax.sharding.Sharding) -> jax.sharding.Sharding:
 
 
 def make_train_step(
-    model: Transformer,
+    model: Any,
     objective: Objective,
     tx: optax.GradientTransformation,
     *,
     accumulate: int = 1,
+    ema: float = 0.0,
+    spike: float | None = None,
 ) -> partial[tuple[TrainState, dict[str, jax.Array]]]:
     """A jitted `step(state, params, batch, key) -> (state, figures)`; `state` is donated.
 
     `params` are all parameters; those that `state.trainable` holds are taken from the state. The
     noise is drawn from `fold_in(key, state.step)`. The same arguments share one compiled program.
+    Among the figures are the `loss`, `grad_norm`, `tokens` (those of the batch, unless the
+    objective says something else), and with `spike` also `skipped`: 1 where nothing was applied.
 
     Args:
       accumulate: parts of a batch that are passed one after the other, for the memory of one. Noise
         and weights are those of the whole batch, so that loss and gradient are, up to rounding.
+      ema: decay d of the average of the parameters; at step n it is at most (1 + n) / (10 + n), so
+        that the beginning is soon forgotten. 0: none is kept.
+      spike: what is not applied, so that the step is counted and all else stays as it was: a step
+        whose loss or gradient is not finite, and one whose loss is above `spike` times the median
+        of the last `WINDOW` applied losses, once there are so many. 0: only what is not finite.
+        None: everything is applied.
     """
-    return partial(_step, model, objective, tx, accumulate)
+    if not 0 <= ema < 1:
+        raise ValueError(f"ema={ema} is a decay: it must be in [0, 1)")
+    if spike and spike <= 1:
+        raise ValueError(f"spike={spike} times the usual loss must be above 1, or 0: no number")
+    return partial(_step, model, objective, tx, accumulate, ema, spike)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
-def _step(model, objective, tx, accumulate, state: TrainState, params: Params, batch, key: Key):
-    run = partial(_stepped, model, objective, tx, accumulate)
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5), donate_argnums=6)
+def _step(
+    model, objective, tx, accumulate, ema, spike, state: TrainState, params: Params, batch, key: Key
+):
+    for name, there, what in (
+        ("ema", bool(ema), f"ema={ema}"),
+        ("losses", bool(spike), f"spike={spike}"),
+    ):
+        if there != (getattr(state, name) is not None):
+            raise ValueError(
+                f"a step with {what} takes a state that was created with {name}={there}"
+            )
+    run = partial(_stepped, model, objective, tx, accumulate, ema, spike)
     return automatic(run, as_they_lie((state,)), state, params, batch, key)
 
 
-def _stepped(model, objective, tx, accumulate, state: TrainState, params: Params, batch, key: Key):
+def _stepped(
+    model, objective, tx, accumulate, ema, spike, state: TrainState, params: Params, batch, key: Key
+):
     noise = jax.random.fold_in(key, state.step)
     if accumulate == 1:
 
@@ -99,8 +174,27 @@ def _stepped(model, objective, tx, accumulate, state: TrainState, params: Params
         total, figures, grads = _in_parts(model, objective, accumulate, state, params, drawn)
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
     trainable = cast(Params, optax.apply_updates(state.trainable, updates))
+    if "lengths" in batch:
+        figures = {"tokens": batch["lengths"].sum(), **figures}
     figures = {"loss": total, **figures, "grad_norm": optax.tree.norm(grads)}
-    return TrainState(state.step + 1, trainable, opt_state), figures
+    mean = None
+    if ema:
+        decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step))
+        mean = jax.tree.map(
+            lambda old, x: decay * old + (1 - decay) * x.astype(jnp.float32), state.ema, trainable
+        )
+    losses = None
+    if state.losses is not None:
+        losses = jnp.append(state.losses[1:], total.astype(jnp.float32))
+    after = TrainState(state.step + 1, trainable, opt_state, mean, losses)
+    if spike is not None:
+        spiked = ~(jnp.isfinite(total) & jnp.isfinite(figures["grad_norm"]))
+        if state.losses is not None:  # the median is no number while one of them is none
+            spiked |= total > spike * jnp.median(state.losses)
+        before = dataclasses.replace(state, step=state.step + 1)
+        after = jax.tree.map(lambda old, new: jnp.where(spiked, old, new), before, after)
+        figures["skipped"] = spiked.astype(jnp.float32)
+    return after, figures
 
 
 def _in_parts(model, objective, count, state: TrainState, params: Params, drawn):
@@ -131,28 +225,3 @@ def _in_parts(model, objective, count, state: TrainState, params: Params, drawn)
     (total, figures, grads), _ = jax.lax.scan(one, zeros, parts)
     grads = jax.tree.map(lambda grad, x: grad.astype(x.dtype), grads, state.trainable)
     return total, figures, grads
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Optimiser:
-    """AdamW with warm-up and cosine decay, gradients clipped by their global norm."""
-
-    learning_rate: float = 1e-3
-    warmup: int = 20
-    final: float = 0.05  # of the learning rate, at the last step
-    weight_decay: float = 0.0
-    clip: float = 1.0
-
-    def build(self, steps: int) -> optax.GradientTransformation:
-        """The optax transformation for a run of `steps`."""
-        schedule = optax.warmup_cosine_decay_schedule(
-            0.0,
-            self.learning_rate,
-            min(self.warmup, steps - 1),
-            steps,
-            self.learning_rate * self.final,
-        )
-        return optax.chain(
-            optax.clip_by_global_norm(self.clip),
-            optax.adamw(schedule, b2=0.99, weight_decay=self.weight_decay),
-        )

@@ -161,7 +161,9 @@ def unfinished(folder: Path) -> bool:
 def figures(folder: Path) -> list[dict[str, float]]:
     """The rows of the metrics without their times."""
     rows = training.read_metrics(folder / "metrics.jsonl")
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+    return [
+        {name: value for name, value in row.items() if name not in training.TIMES} for row in rows
+    ]
 
 
 def train(config: Kill) -> None:

@@ -1,0 +1,192 @@
+"""Training a model, from nothing or from one that is there, as a config says.
+
+    config = Train(
+        run=Path("runs/sudoku"), data=TaskData(task=Sudoku()), objective=Diffusion(),
+        model=TransformerConfig(...), fit=Fit(steps=5000, batch=256, length=81),
+    )
+    train(config)
+
+A config is a file in `configs/` too, which `dllm-jax train` takes, every field of it an option.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from tyro.conf import OmitArgPrefixes
+
+from dllm_jax import distributed, training
+from dllm_jax.checkpoint import load, save
+from dllm_jax.data import Conversations, Source
+from dllm_jax.generation_config import save_recipe
+from dllm_jax.losses import Objective
+from dllm_jax.nn.dit import DiTConfig
+from dllm_jax.nn.gemma import GemmaConfig
+from dllm_jax.nn.transformer import TransformerConfig
+from dllm_jax.nn.tree import Config, param_axes, param_shapes
+from dllm_jax.recipes import Recipe
+from dllm_jax.sharding import shardings
+from dllm_jax.tokenizer import Tokenizer
+from dllm_jax.training.feed import mesh_for
+from dllm_jax.training.loop import Found
+from dllm_jax.typing import Params
+
+
+@runtime_checkable
+class Data(Protocol):
+    """Where a run's rows come from: a frozen dataclass whose fields say which."""
+
+    def source(self, split: str) -> Source:
+        """The rows of "train" or "heldout".
+
+        Raises:
+          FileNotFoundError: there are none of that split.
+        """
+        ...
+
+
+@runtime_checkable
+class Evaluation(Protocol):
+    """What is asked of a model every so many steps: a frozen dataclass."""
+
+    def __call__(self, model: Any, params: Params, step: int) -> Found:
+        """Figures for the metrics, and strings for the samples."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConversationData:
+    """Conversations that scripts/distill.py wrote."""
+
+    folder: Path
+
+    def source(self, split: str) -> Source:
+        """As `Data`."""
+        return Conversations(self.folder, split)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train:
+    """A run, and what it leaves."""
+
+    run: Path
+    """Folder of the checkpoints, the metrics and the model."""
+    data: Data
+    """What is learnt."""
+    model: TransformerConfig | DiTConfig | GemmaConfig | str
+    """An architecture, which starts with random weights; or a model that is there: anything that
+    `load` takes."""
+    objective: Objective
+    """What is minimised."""
+    fit: OmitArgPrefixes[training.Fit]
+    """How long, and how it is looked at."""
+    optimiser: training.Optimiser = training.Optimiser()
+    """What moves the parameters."""
+    names: tuple[str, ...] = ()
+    """Top-level parameters that are trained; all by default."""
+    evaluations: Mapping[str, Evaluation] = dataclasses.field(default_factory=dict)
+    """Asked every `evaluate_every` steps, by the name that their figures begin with."""
+    dtype: str = "float32"
+    """Of activations: bfloat16 on an accelerator."""
+    param_dtype: str = "float32"
+    """Of weights, their gradients and moments."""
+    remat: str = "none"
+    """What the backward pass computes again: none, dots, dots_no_batch, full, or offload."""
+    fsdp: int = 1
+    """Devices that the parameters are split over."""
+    tensor: int = 1
+    """Devices that heads, feed-forward and vocabulary are split over. The batch is split over the
+    others."""
+    export: Path | None = None
+    """Write the model here, at any step; by default to <run>/model at the last one."""
+    recipe: Recipe | None = None
+    """How the model that is written is decoded by default."""
+
+
+def train(config: Train) -> tuple[Any, Params]:
+    """Trains, or goes on training, and writes the model; on as many processes as call it together.
+
+    Returns:
+      The model, and all its parameters: of the average where one is kept.
+    """
+    say = print if distributed.is_first() else lambda *_: None
+    fit = config.fit
+    mesh = mesh_for(fit.batch, accumulate=fit.accumulate, fsdp=config.fsdp, tensor=config.tensor)
+    model, params = start(config.model, fit.seed, mesh, config.param_dtype)
+    settings = dict(dtype=config.dtype, remat=config.remat)
+    model = dataclasses.replace(model.config, **settings).build()
+    source, heldout = sources(config.data)
+    used = 1 if mesh is None else mesh.size
+    count = sum(x.size for x in jax.tree.leaves(params))
+    say(f"{count:,} parameters, {len(source):,} rows; {used} x {jax.devices()[0].device_kind}")
+    tx = config.optimiser.build(fit.steps, model.config)
+    state = training.create(params, config.names or tuple(params), tx)
+    asked = {name: partial(ask, model) for name, ask in config.evaluations.items()}
+    state = training.fit(
+        config.run, fit, model, params, state, config.objective, tx, source, heldout,
+        evaluations=asked,
+    )  # fmt: skip
+    params, step = {**params, **training.trained(state)}, int(state.step)
+    folder = config.export or (config.run / "model" if step == fit.steps else None)
+    if folder is None:
+        say(f"step {step} of {fit.steps}, saved; the same command continues")
+    else:
+        write(folder, model, params, tokenizer_of(config.model, config.data), config.recipe)
+        say(f"step {step}: the model is in {folder}")
+    return model, params
+
+
+def start(
+    model: Config | str, seed: int, mesh: Mesh | None, param_dtype: str, **options: Any
+) -> tuple[Any, Params]:
+    """A model and its parameters: random ones of the seed, or those that `load` finds."""
+    if isinstance(model, str):
+        return load(model, dtype=param_dtype, mesh=mesh, **options)
+    config: Any = dataclasses.replace(model, param_dtype=param_dtype)  # pyrefly: ignore
+    module = config.build()
+
+    def init(key: jax.Array) -> Params:
+        return module.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+
+    homes = None
+    if mesh is not None:
+        homes = shardings(param_axes(config), mesh, shapes=param_shapes(config))
+    params = jax.jit(init, out_shardings=homes)(jax.random.key(seed))
+    if mesh is None:  # on a device of their own, as `load` gives them
+        params = jax.device_put(params, jax.devices()[0])
+    return module, params
+
+
+def sources(data: Data) -> tuple[Source, Source | None]:
+    """The rows to train on, and those that are held out, where there are any."""
+    try:
+        heldout = data.source("heldout")
+    except FileNotFoundError:
+        heldout = None
+    return data.source("train"), heldout
+
+
+def write(
+    folder: Path, model: Any, params: Params, tokenizer: Tokenizer | None, recipe: Recipe | None
+) -> None:
+    """A trained model as a folder that `load` and `generate` take; an older one gives way."""
+    model = dataclasses.replace(model.config, remat="none").build()
+    save(folder, model, params, tokenizer, overwrite=True)
+    if recipe is not None and distributed.is_first():
+        save_recipe(folder, recipe)
+
+
+def tokenizer_of(model: Config | str, data: Data) -> Tokenizer | None:
+    """That of the data, or of the model that training began with."""
+    found = getattr(data, "tokenizer", None)
+    if found is not None or not isinstance(model, str):
+        return found
+    try:
+        return Tokenizer.load(model)
+    except FileNotFoundError:  # some are published without
+        return None

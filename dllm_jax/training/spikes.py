@@ -1,0 +1,70 @@
+"""The batches of steps that were not applied: kept, to be looked at."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from dllm_jax import distributed
+from dllm_jax.typing import Key
+
+
+class Spike(RuntimeError):
+    """A step was not applied, and the run was told to stop there."""
+
+
+class Watch:
+    """Holds the batches of steps until it is seen whether they were applied."""
+
+    def __init__(self, run: Path, key: Key):
+        self._run, self._key = run, key
+        self._steps: list[tuple[int, dict[str, Any], jax.Array]] = []
+
+    def add(self, step: int, batch: dict[str, Any], figures: dict[str, jax.Array]) -> None:
+        """A step that was started."""
+        self._steps.append((step, batch, figures["skipped"]))
+
+    def look(self) -> list[Path]:
+        """Keeps the batches of those that were not applied, and forgets the others."""
+        steps, self._steps = self._steps, []
+        flags = jax.device_get([skipped for _, _, skipped in steps])
+        return [
+            save_spike(self._run, step, batch, self._key)
+            for (step, batch, _), skipped in zip(steps, flags, strict=True)
+            if skipped
+        ]
+
+
+def save_spike(run: Path, step: int, batch: dict[str, Any], key: Key) -> Path:
+    """Writes `<run>/spikes/step-<step>.npz`; all processes take part, the first one writes.
+
+    Args:
+      key: of the run; the step's noise is of `fold_in(key, step - 1)`.
+    """
+    whole: dict[str, Any] = {name: _whole(x) for name, x in batch.items()}
+    path = run / "spikes" / f"step-{step}.npz"
+    if distributed.is_first():
+        noise = np.asarray(jax.random.key_data(jax.random.fold_in(key, step - 1)))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_suffix(".partial").open("wb") as file:
+            np.savez_compressed(file, **whole, noise=noise)
+        path.with_suffix(".partial").rename(path)
+    return path
+
+
+def read_spike(path: str | Path) -> tuple[dict[str, np.ndarray], Key]:
+    """The batch of a step that was not applied, and its key: what `objective.loss` was given.
+
+    loss, figures = objective.loss(model, params, *read_spike("runs/mine/spikes/step-70.npz"))
+    """
+    with np.load(path) as file:
+        arrays = dict(file)
+    return arrays, jax.random.wrap_key_data(arrays.pop("noise"))
+
+
+def _whole(x: Any) -> np.ndarray:
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        x = multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
