@@ -74,5 +74,5 @@ class _Batches:
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         begin = int(index) * self.batch
-        rows = [self.dataset[begin + place] for place in self.places]
+        rows: list[Any] = [self.dataset[begin + place] for place in self.places]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
