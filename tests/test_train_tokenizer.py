@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dllm_jax import data
 from dllm_jax.data import read, train_tokenizer
 from dllm_jax.data.documents import Document, held_out
 from dllm_jax.tokenizer import Tokenizer
@@ -102,7 +103,22 @@ def test_the_same_files_whenever(tmp_path):
             for side in ("here", "there")
         )
         assert here == there
-        assert len(here) == 2
+        assert sorted(here) == ["tokenizer.json", "tokenizer_config.json", "trained.json"]
+
+
+def test_a_vocabulary_is_learnt_once(tmp_path, monkeypatch):
+    first = train_tokenizer(TEXTS, 280, tmp_path / "own", chat=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(data.tokenizers, "_bpe", None)  # nothing is learnt again
+        again = train_tokenizer(TEXTS, 280, tmp_path / "own", chat=True)
+        assert again.backend.to_str() == first.backend.to_str()
+        with pytest.raises(ValueError, match="holds a tokenizer of other vocab_size and chat:"):
+            train_tokenizer(TEXTS, 270, tmp_path / "own")
+    (tmp_path / "own" / "trained.json").unlink()  # somebody else's, or one that was cut short
+    with pytest.raises(ValueError, match="holds a tokenizer of other make"):
+        train_tokenizer(TEXTS, 280, tmp_path / "own", chat=True)
+    other = train_tokenizer(TEXTS, 270, tmp_path / "own", overwrite=True)
+    assert (other.vocab_size, other.template) == (270, None)
 
 
 def test_nothing_is_learnt_from_what_is_held_out(tmp_path):

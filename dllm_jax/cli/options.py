@@ -394,7 +394,7 @@ class Data(Command):
     """A named model, a .gguf file, or a folder with tokenizer.json."""
 
     train_tokenizer: Annotated[int | None, _default("IDS", "none is trained")] = None
-    """Learn a vocabulary of so many ids from the documents, instead of --tokenizer."""
+    """Learn a vocabulary of so many ids from the documents, into <out>-tokenizer."""
 
     kind: Literal["bpe", "char", "byte"] = "bpe"
     """Of the vocabulary that is learnt."""
