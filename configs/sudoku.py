@@ -5,12 +5,12 @@
     dllm-jax train configs/sudoku.py:small             # 6x6; also :small_ar and so on
     dllm-jax train configs/sudoku.py:tiny              # 4x4, two minutes; also :tiny_ar and so on
 
-Seeds: --fit.seed 1 --run runs/sudoku-9-seed1/masked.
+Seeds: --seed 1 --run runs/sudoku-9-seed1/masked.
 """
 
 from pathlib import Path
 
-from dllm_jax.suite import modes
+from dllm_jax.experiments import modes
 from dllm_jax.tasks import Sudoku
 
 config, block, tri, ar = modes(

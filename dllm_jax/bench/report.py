@@ -22,18 +22,25 @@ def header(ceilings: Ceilings, absent: dict[str, str], title: str) -> dict[str, 
       absent: sides that are not timed on this device at all, and why.
       title: what the reader should know first.
     """
-    device = jax.devices()[0]
     return {
         "title": title,
+        **provenance(),
+        "copy_bytes_per_second": ceilings.bandwidth,
+        "flops_per_second": ceilings.rates,
+        "absent": absent,
+        "rows": [],
+    }
+
+
+def provenance() -> dict[str, Any]:
+    """What every report says of itself: device, versions, date and commit."""
+    device = jax.devices()[0]
+    return {
         "device": _device_name(device),
         "platform": device.platform,
         "versions": {name: _version(name) for name in ("jax", "jaxlib", "libtpu", "torch")},
         "date": time.strftime("%Y-%m-%d"),
         "commit": _commit(),
-        "copy_bytes_per_second": ceilings.bandwidth,
-        "flops_per_second": ceilings.rates,
-        "absent": absent,
-        "rows": [],
     }
 
 

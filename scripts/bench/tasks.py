@@ -1,0 +1,193 @@
+"""What a task's runs come to: accuracy against forward passes, mode by mode, over seeds.
+
+    python scripts/bench/tasks.py configs/sudoku.py --out scripts/bench/results/sudoku-9
+
+Trains what is not trained yet (`<run>` of each config, `<run>-<seed>` of later seeds), then answers
+test questions in several ways: an order of writing, and how many tokens a pass writes. Writes
+OUT.json after each run, and goes on from what it holds; OUT.md; and OUT.png.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+
+from dllm_jax import checkpoint, pretraining, recipes, tasks, training
+from dllm_jax.bench.report import provenance
+from dllm_jax.cli.training import load_config
+
+STEPS, THRESHOLDS = (1, 2, 4, 8, 16, 32), (0.5, 0.8, 0.9, 0.95, 0.99)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to train and to ask."""
+
+    config: tyro.conf.Positional[Path]
+    """A file of `configs/`."""
+    out: Path
+    """Where the results go, without a suffix."""
+    runs: tuple[str, ...] = ("config", "block", "tri", "ar")
+    """Names in the file."""
+    seeds: tuple[int, ...] = (0,)
+    count: int = 1000
+    """Test questions for the first way of a mode."""
+    sweep: int = 256
+    """Test questions for the others."""
+    batch: int = 64
+    train: bool = True
+    """False: what is not trained is left out."""
+
+
+def main(options: Options) -> None:
+    """Trains, asks, writes."""
+    file = options.out.with_suffix(".json")
+    held = json.loads(file.read_text()) if file.exists() else {"runs": {}}
+    for seed in options.seeds:
+        for name in options.runs:
+            config = load_config(f"{options.config}:{name}", pretraining.Train)
+            run = config.run.with_name(config.run.name + (f"-{seed}" if seed else ""))
+            key = f"{config.run.name}, seed {seed}"
+            if key in held["runs"]:
+                continue
+            if not (run / "model").exists():
+                if not options.train:
+                    continue
+                fit = dataclasses.replace(config.fit, seed=seed)
+                pretraining.train(dataclasses.replace(config, run=run, fit=fit))
+            held["runs"][key] = asked(config, run, options)
+            held |= provenance()
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(held, indent=1) + "\n")
+            options.out.with_suffix(".md").write_text(table(held))
+            draw(held, options.out.with_suffix(".png"))
+
+
+def asked(config: pretraining.Train, run: Path, options: Options) -> dict[str, Any]:
+    """What a trained model answers, in each way of its mode; and what training it took."""
+    model, params = checkpoint.load(run / "model")
+    task = getattr(config.data, "task")  # noqa: B009
+    rows = [row for row in training.read_metrics(run / "metrics.jsonl") if "seconds" in row]
+    found: dict[str, Any] = {
+        "mode": config.run.name,
+        "task": repr(task),
+        "parameters": sum(int(np.size(x)) for x in jax.tree.leaves(params)),
+        "steps": config.fit.steps,
+        "rows": config.fit.steps * config.fit.batch,
+        "hours": float(np.median([row["seconds"] for row in rows])) * config.fit.steps / 3600,
+        "loss": float(np.mean([row["loss"] for row in rows[-20:]])),
+        "ways": {},
+    }
+    for number, (way, recipe) in enumerate(ways(config, task)):
+        count = options.sweep if number else options.count
+        solved = tasks.solve(model, params, task, recipe=recipe, count=count, batch=options.batch)
+        found["ways"][way] = {
+            "count": count, "accuracy": solved.accuracy, "stderr": solved.stderr,
+            "passes": solved.passes, "overhead": solved.overhead,
+        }  # fmt: skip
+        print(config.run.name, way, found["ways"][way], flush=True)
+    return found
+
+
+def ways(config: pretraining.Train, task: tasks.Task) -> Iterator[tuple[str, recipes.Recipe]]:
+    """The recipes that a mode is asked by; the first is the one that it is meant for."""
+    model: Any = config.model
+    if model.attention == "bidirectional":
+        yield "one a pass, most confident first", recipes.llada(block_size=0)
+        yield "one a pass, in random order", recipes.llada(block_size=0, remasking="random")
+        for steps in STEPS:
+            yield f"{steps} passes", recipes.llada(block_size=0, steps_per_block=steps)
+        for threshold in THRESHOLDS:
+            yield (
+                f"threshold {threshold}",
+                recipes.fast_dllm(cache="none", block_size=0, threshold=threshold),
+            )
+    elif model.attention == "block_causal":
+        size = model.block_size
+        yield "one a pass, most confident first", recipes.sdar(block_size=size, order="static")
+        yield "one a pass, left to right", recipes.sdar(block_size=size, order="sequential")
+        yield "a block a pass", recipes.sdar(block_size=size, order="static", steps_per_block=1)
+        for threshold in THRESHOLDS:
+            yield f"threshold {threshold}", recipes.sdar(block_size=size, threshold=threshold)
+    else:
+        yield "autoregressive", recipes.ar()
+        if model.mask_id is not None:
+            size = config.objective.noise.block_size  # pyrefly: ignore
+            for width in (2, 3):
+                yield f"self-speculation, {width} drafts", recipes.self_speculative(width=width)
+            for threshold in THRESHOLDS:
+                yield (
+                    f"threshold {threshold}",
+                    recipes.block_diffusion(block_size=size, threshold=threshold),
+                )
+
+
+def table(held: dict[str, Any]) -> str:
+    """Training and answers, as Markdown: means over seeds, and between seeds the deviation."""
+    modes: dict[str, list[dict[str, Any]]] = {}
+    for own in held["runs"].values():
+        modes.setdefault(own["mode"], []).append(own)
+    one = next(iter(held["runs"].values()))
+    lines = [
+        f"`{one['task']}`. {held['device']}, jax {held['versions']['jax']}, {held['date']}, commit"
+        f" {held['commit']}. Modes have the same backbone, parameters and training FLOPs (both"
+        " streams counted); rows differ. Accuracy on test questions, ± one standard error of the"
+        " questions, or where there are several seeds the deviation between them. Overhead: entries"
+        " processed for a token of an answer.",
+        "",
+        "| mode | seeds | parameters | steps | rows | hours | last loss |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for mode, own in modes.items():
+        mean = lambda name, own=own: float(np.mean([x[name] for x in own]))  # noqa: E731
+        lines.append(
+            f"| {mode} | {len(own)} | {own[0]['parameters']:,} | {own[0]['steps']:,} |"
+            f" {own[0]['rows']:,} | {mean('hours'):.2f} | {mean('loss'):.3f} |"
+        )
+    lines += ["", "| mode | way | questions | accuracy, % | passes | overhead |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for mode, own in modes.items():
+        for way in own[0]["ways"]:
+            each = [x["ways"][way] for x in own]
+            accuracy = [x["accuracy"] for x in each]
+            error = np.std(accuracy, ddof=1) if len(each) > 1 else each[0]["stderr"]
+            passes, overhead = (np.mean([x[n] for x in each]) for n in ("passes", "overhead"))
+            lines.append(
+                f"| {mode} | {way} | {each[0]['count']:,} | {100 * np.mean(accuracy):.1f} ±"
+                f" {100 * error:.1f} | {passes:.1f} | {overhead:.2f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def draw(held: dict[str, Any], path: Path) -> None:
+    """Accuracy against passes and against overhead."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True)
+    names = list(dict.fromkeys(own["mode"] for own in held["runs"].values()))
+    for axis, name in zip(axes, ("passes", "overhead"), strict=True):
+        for own in held["runs"].values():
+            points = sorted((x[name], 100 * x["accuracy"]) for x in own["ways"].values())
+            colour = f"C{names.index(own['mode'])}"
+            axis.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4)
+        axis.set_xlabel({"passes": "forward passes", "overhead": "entries for a token"}[name])
+        axis.set_xscale("log")
+    for number, name in enumerate(names):
+        axes[0].plot([], [], color=f"C{number}", label=name)
+    axes[0].set_ylabel("questions answered right, %")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
