@@ -116,7 +116,7 @@ class Store:
     """The documents of a split, by number: a `Source`; nothing is read before it is asked for."""
 
     def __init__(self, folder: str | os.PathLike[str], split: str = "train"):
-        """Opens a folder that `tokenise` wrote.
+        """Opens a folder that `tokenise` wrote, on a disk of this machine or one that it mounts.
 
         Raises:
           FileNotFoundError: there is no store, or no such split.

@@ -106,7 +106,9 @@ def train_tokenizer(
     }  # fmt: skip
     (path / "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     template = path / "chat_template.jinja"
-    template.write_text(TEMPLATE, encoding="utf-8") if chat else template.unlink(missing_ok=True)
+    template.unlink(missing_ok=True)
+    if chat:
+        template.write_text(TEMPLATE, encoding="utf-8")
     (path / _TRAINED).write_text(json.dumps(settings, indent=1), encoding="utf-8")  # it is whole
     return Tokenizer.load(path)
 
