@@ -10,10 +10,11 @@ import json
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
+from tyro.conf import Fixed
 
 from dllm_jax import distributed, pretraining, training
 from dllm_jax.checkpoint import save_adapter
@@ -36,6 +37,7 @@ class Phase:
     until: int
     """The step that ends it."""
     block_size: int
+    """0: the whole text is one block, and attention bidirectional."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,8 +66,9 @@ class Adapt:
     objective: Objective | None = None
     """What is minimised; None: the dual stream, with `noise`."""
     phases: tuple[Phase, ...] = ()
-    """Block sizes that grow; the last one holds until the end. Of the noise, and of block-causal
-    attention. The data goes on."""
+    """Block sizes, one after the other; the last one holds until the end. Of the noise, and of
+    attention where it is not causal. The data and the schedule go on (LLaDA2, 2512.15745: up from
+    1, the whole text, down again)."""
     optimiser: training.Optimiser = training.Optimiser(learning_rate=2e-3)
     """AdamW and its schedule, over all phases."""
     steps: int = 600
@@ -98,7 +101,7 @@ class Adapt:
     """Where figures go besides metrics.jsonl: tensorboard, wandb, trackio."""
     export: Path | None = None
     """Write what was made here; by default to <run>/adapter or <run>/model at the last step."""
-    recipe: Recipe | None = None
+    recipe: Fixed[Recipe | None] = None
     """How a model that is written is decoded by default."""
     accumulate: int = 1
     """Parts of a batch that are passed one after the other, for the memory of one."""
@@ -137,7 +140,7 @@ def adapt(config: Adapt) -> None:
         config.batch, accumulate=config.accumulate, fsdp=config.fsdp, tensor=config.tensor
     )
     base, params = pretraining.start(
-        config.model, config.seed, mesh, cast(str, config.param_dtype), adapter=config.init
+        config.model, config.seed, mesh, config.param_dtype, adapter=config.init
     )
     settings = adapted(base.config, config)
     if config.adapter is not None and config.init is None:
@@ -256,8 +259,9 @@ def _of_size(
             f"{type(objective).__name__} has none"
         )
     noise = dataclasses.replace(objective.noise, block_size=size)
-    if settings.attention == "block_causal":
-        settings = dataclasses.replace(settings, block_size=size)
+    if settings.attention != "causal":
+        attention = "block_causal" if size else "bidirectional"
+        settings = dataclasses.replace(settings, attention=attention, block_size=max(size, 1))
     return Transformer(settings), dataclasses.replace(objective, noise=noise)
 
 

@@ -17,12 +17,14 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
-from tyro.conf import OmitArgPrefixes
+from tyro.conf import Fixed, OmitArgPrefixes
 
 from dllm_jax import distributed, training
 from dllm_jax.checkpoint import load, save
-from dllm_jax.data import Conversations, Source
+from dllm_jax.data import Conversations, Packed, Source, Store
+from dllm_jax.decode.generate import generate
 from dllm_jax.generation_config import save_recipe
 from dllm_jax.losses import Objective
 from dllm_jax.nn.dit import DiTConfig
@@ -31,6 +33,7 @@ from dllm_jax.nn.transformer import TransformerConfig
 from dllm_jax.nn.tree import Config, param_axes, param_shapes
 from dllm_jax.recipes import Recipe
 from dllm_jax.sharding import shardings
+from dllm_jax.tasks import Examples, solve
 from dllm_jax.tokenizer import Tokenizer
 from dllm_jax.training.feed import mesh_for
 from dllm_jax.training.loop import Found
@@ -71,6 +74,108 @@ class ConversationData:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class StoreData:
+    """Texts or conversations of a store that `dllm-jax data` wrote."""
+
+    folder: Path
+    length: int | None = None
+    """Rows of so many tokens, packed; None: a row is a document."""
+    whole: bool = False
+    """Only documents that are longer than a row are cut."""
+    documents: bool = False
+    """The documents of a row do not see each other."""
+
+    def source(self, split: str) -> Source:
+        """As `Data`."""
+        store = Store(self.folder, split)
+        if self.length is None:
+            return store
+        return Packed(store, self.length, whole=self.whole, documents=self.documents)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The one that the tokens are of."""
+        return Store(self.folder).tokenizer()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskData:
+    """Questions of a task, with their answers."""
+
+    task: Any
+    """A `tasks.Task`; its fields are options too."""
+    rows: int = 1_000_000
+    """To train on; each is made when it is read."""
+    heldout: int = 256
+    """Held out."""
+    seed: int = 0
+    filled: bool = False
+    """Answers go on with ends to the longest: what a canvas of a fixed length sees."""
+
+    def source(self, split: str) -> Source:
+        """As `Data`."""
+        count = self.rows if split == "train" else self.heldout
+        return Examples(self.task, split, count, self.seed, filled=self.filled)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskAccuracy:
+    """How many held-out questions of a task a model answers, and in how many passes."""
+
+    task: Any
+    """A `tasks.Task`."""
+    recipe: Fixed[Recipe]
+    """How it is decoded."""
+    count: int = 128
+    """Questions."""
+    show: int = 1
+    """Answers that go to the samples."""
+    split: str = "heldout"
+    seed: int = 0
+
+    def __call__(self, model: Any, params: Params, step: int) -> Found:
+        """As `Evaluation`."""
+        found = solve(
+            model, params, self.task, recipe=self.recipe, count=self.count, split=self.split,
+            seed=self.seed, key=jax.random.key(self.seed),
+        )  # fmt: skip
+        return {
+            "accuracy": found.accuracy,
+            "stderr": found.stderr,
+            "passes": found.passes,
+            "overhead": found.overhead,
+            "answers": [self.task.show(answer) for answer in found.answers[: self.show]],
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Samples:
+    """How a model goes on from texts."""
+
+    prompts: tuple[str, ...]
+    tokenizer: str
+    """What `Tokenizer.load` takes: a model, or its folder."""
+    recipe: Fixed[Recipe]
+    """How it is decoded."""
+    max_new_tokens: int = 64
+    seed: int = 0
+
+    def __call__(self, model: Any, params: Params, step: int) -> Found:
+        """As `Evaluation`."""
+        tokenizer = Tokenizer.load(self.tokenizer)
+        found = generate(
+            model, params, [tokenizer.encode(prompt) for prompt in self.prompts],
+            recipe=self.recipe, max_new_tokens=self.max_new_tokens, key=jax.random.key(self.seed),
+        )  # fmt: skip
+        rows = zip(np.asarray(found.tokens), np.asarray(found.lengths), strict=True)
+        texts = [tokenizer.decode(row[:length].tolist()) for row, length in rows]
+        return {
+            "texts": [a + b for a, b in zip(self.prompts, texts, strict=True)],
+            "passes": float(np.mean(np.asarray(found.nfe))),
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Train:
     """A run, and what it leaves."""
 
@@ -104,7 +209,7 @@ class Train:
     others."""
     export: Path | None = None
     """Write the model here, at any step; by default to <run>/model at the last one."""
-    recipe: Recipe | None = None
+    recipe: Fixed[Recipe | None] = None
     """How the model that is written is decoded by default."""
 
 
@@ -142,12 +247,14 @@ def train(config: Train) -> tuple[Any, Params]:
 
 
 def start(
-    model: Config | str, seed: int, mesh: Mesh | None, param_dtype: str, **options: Any
+    model: Config | str, seed: int, mesh: Mesh | None, param_dtype: str | None, **options: Any
 ) -> tuple[Any, Params]:
     """A model and its parameters: random ones of the seed, or those that `load` finds."""
     if isinstance(model, str):
         return load(model, dtype=param_dtype, mesh=mesh, **options)
-    config: Any = dataclasses.replace(model, param_dtype=param_dtype)  # pyrefly: ignore
+    config: Any = model
+    if param_dtype is not None:
+        config = dataclasses.replace(config, param_dtype=param_dtype)
     module = config.build()
 
     def init(key: jax.Array) -> Params:

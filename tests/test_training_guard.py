@@ -247,6 +247,7 @@ def test_two_processes_agree_on_what_is_skipped_and_one_goes_on(data, whole):
     """Both refuse the same step, one of them has its row; a lone process continues the run."""
     first = ill_steps()[0]
     run = data / "apart" / "run"
+    run.parent.mkdir()
     toy_training.write(run.parent)
     out = together(2, 2, run, "stop")
     assert out.returncode == 1

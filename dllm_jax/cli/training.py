@@ -81,6 +81,6 @@ def _changed(name: str, kind: type[T], fields: tuple[str, ...], command: str) ->
     """The config of a file, with the fields that the command line gives."""
     config: Any = load_config(name, kind)
     # A field that is one of several kinds of thing stays of the kind that the file chose.
-    marks = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff)
+    marks = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff, tyro.conf.SuppressFixed)
     prog = f"dllm-jax {command} {name}"
     return tyro.cli(kind, default=config, args=list(fields), prog=prog, config=marks)

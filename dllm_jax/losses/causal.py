@@ -38,7 +38,7 @@ class Autoregressive:
 
     def entries(self, batch: int, length: int) -> float:
         """Positions that a step computes, forward and backward."""
-        return batch * length
+        return float(batch * length)
 
     def draw(self, model: Any, batch: dict[str, jax.Array], key: Key) -> Drawn:
         """The batch and its number of learnt tokens."""

@@ -64,7 +64,7 @@ class DualStream:
 
     def entries(self, batch: int, length: int) -> float:
         """Positions that a step computes, forward and backward, of both streams."""
-        return batch * (length + self.noise.blocks * self.noise.block_size)
+        return float(batch * (length + self.noise.blocks * self.noise.block_size))
 
     def draw(self, model: Transformer, batch: dict[str, jax.Array], key: Key) -> Drawn:
         """The noise of a batch, with the batch: what `score` takes, whole or in parts."""

@@ -313,7 +313,7 @@ def _rates(
     """FLOPs of a step, and of all devices in a second; None where they are not known."""
     if config.peak_flops is None:
         return None, None
-    entries = config.batch * config.length
+    entries = float(config.batch * config.length)
     if hasattr(objective, "entries"):
         entries = objective.entries(config.batch, config.length)
     flops = step_flops(model.config, state.trainable, entries=entries, length=config.length)

@@ -115,8 +115,8 @@ class Optimiser:
 def matrix_axes(axes: tuple[str | None, ...]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """Where a matrix has its inputs and outputs, from its logical axes; None: it is none.
 
-    Layers and experts are many matrices, heads and their sizes one dimension. Tables of the
-    vocabulary are no matrices here, nor are norms and biases.
+    Layers and experts are many matrices, heads and their sizes one dimension. Tables, of the
+    vocabulary and of positions, are no matrices here, nor are norms and biases.
     """
     groups: list[tuple[int, ...]] = []
     for place, axis in enumerate(axes):
@@ -126,7 +126,8 @@ def matrix_axes(axes: tuple[str | None, ...]) -> tuple[tuple[int, ...], tuple[in
             groups[-1] = (*groups[-1], place)
         else:
             groups.append((place,))
-    if len(groups) != 2 or "vocab" in axes:
+    table = "vocab" in axes or (None in axes and "layers" not in axes)
+    if len(groups) != 2 or table:
         return None
     return groups[0], groups[1]
 

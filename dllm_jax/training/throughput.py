@@ -65,7 +65,7 @@ class Meter:
         self._start += time.perf_counter() - begun
 
 
-def step_flops(config: Any, names: Iterable[str], *, entries: int, length: int) -> float:
+def step_flops(config: Any, names: Iterable[str], *, entries: float, length: int) -> float:
     """Model FLOPs of a training step that computes so many entries, in rows of `length`.
 
     2 N forward and 2 N backward for the N parameters that an entry is multiplied by, 2 N more for

@@ -1,0 +1,304 @@
+"""Runs as files say: train, adapt, and what they leave, on tiny models."""
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dllm_jax import adaptation, checkpoint, pretraining, recipes, training
+from dllm_jax.adaptation import Adapt, Phase
+from dllm_jax.cli import main
+from dllm_jax.cli.training import load_config
+from dllm_jax.corruption import MaskNoise
+from dllm_jax.data import Row, tokenise
+from dllm_jax.generation_config import load_recipe
+from dllm_jax.losses import Diffusion
+from dllm_jax.nn.adapters import AdapterConfig
+from dllm_jax.nn.transformer import Transformer, forward
+from dllm_jax.testing import tiny
+from dllm_jax.training.feed import mesh_for
+from tests import test_cli, toy_config
+
+CONFIG = Path(toy_config.__file__)
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Counting:
+    """Rows that count."""
+
+    rows: int = 24
+
+    def source(self, split: str):
+        if split != "train":
+            raise FileNotFoundError
+        return [Row(np.arange(2 + i % 5, 12 + i % 5, dtype=np.int32), 2) for i in range(self.rows)]
+
+
+def rows(run: Path) -> list[dict]:
+    return training.read_metrics(run / "metrics.jsonl")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The command, with fields changed, end to end."""
+    run = tmp_path_factory.mktemp("runs") / "toy"
+    changed = ["--data.rows", "40", "--model.dim", "24", "--optimiser.learning-rate", "0.02"]
+    line = ["train", str(CONFIG), "--run", str(run), *changed, "--ema", "0.5", "--debug"]
+    assert main(line) == 0
+    return run
+
+
+def test_a_command_trains_evaluates_and_writes_a_model(trained):
+    found = rows(trained)
+    assert [row["step"] for row in found if "loss" in row] == [1, 2, 3]
+    assert all(np.isfinite(row["loss"]) for row in found if "loss" in row)
+    assert {"tokens_per_second", "mfu", "seconds"} <= found[-1].keys()
+    (asked,) = [row for row in found if "addition_accuracy" in row]
+    assert asked["step"] == 2
+    assert asked["addition_passes"] >= 1
+    (sample,) = training.read_metrics(trained / "samples.jsonl")
+    assert sample["name"] == "addition_answers"
+    assert "=" in sample["text"]
+    model, params = checkpoint.load(trained / "model")
+    assert model.config.dim == 24
+    assert load_recipe(trained / "model") == toy_config.config.recipe
+    _, mean = training.restore(trained, ("embed",), ema=True)  # what is written is the average
+    np.testing.assert_array_equal(params["embed"], mean["embed"])
+
+
+def test_the_same_command_goes_on_and_a_finished_run_stays(trained, tmp_path):
+    config = dataclasses.replace(
+        toy_config.config, run=tmp_path, evaluations={}, recipe=None,
+        data=dataclasses.replace(toy_config.config.data, rows=40),
+        model=dataclasses.replace(toy_config.config.model, dim=24),
+        optimiser=dataclasses.replace(toy_config.config.optimiser, learning_rate=0.02),
+        fit=dataclasses.replace(toy_config.config.fit, ema=0.5, minutes=0.0),
+    )  # fmt: skip
+    pretraining.train(config)
+    assert rows(tmp_path) == []
+    assert not (tmp_path / "model").exists()
+    go_on = dataclasses.replace(config.fit, minutes=None)
+    _, params = pretraining.train(dataclasses.replace(config, fit=go_on))
+    losses = [[row["loss"] for row in rows(run) if "loss" in row] for run in (trained, tmp_path)]
+    assert losses[0] == losses[1]
+    written = checkpoint.load(trained / "model")[1]
+    jax.tree.map(np.testing.assert_array_equal, params, written)
+
+
+def test_a_model_that_is_there_is_trained_on(trained, tmp_path):
+    config = dataclasses.replace(
+        toy_config.blocks, run=tmp_path, model=str(trained / "model"), names=("head",),
+        objective=toy_config.config.objective, export=tmp_path / "second",
+    )  # fmt: skip
+    model, params = pretraining.train(config)
+    before = checkpoint.load(trained / "model")[1]
+    np.testing.assert_array_equal(params["embed"], before["embed"])
+    assert (np.asarray(params["head"]) != before["head"]).any()
+    assert checkpoint.load(tmp_path / "second")[0].config.dim == model.config.dim == 24
+
+
+def test_a_store_is_packed_and_gives_its_tokenizer(tmp_path):
+    texts = [f"{number} and so on" for number in range(40)]
+    tokenise(texts, test_cli.byte_tokenizer(), tmp_path / "store", heldout=0.2)
+    data = pretraining.StoreData(folder=tmp_path / "store", length=16)
+    train, heldout = pretraining.sources(data)
+    assert {len(row.tokens) for row in list(train)[:-1]} == {16}
+    assert heldout is not None
+    text = data.tokenizer.decode(np.concatenate([row.tokens for row in train]).tolist())
+    assert "and so on" in text
+    apart = dataclasses.replace(data, length=None).source("train")
+    assert len(apart) > len(train) / 2
+    found = pretraining.tokenizer_of(toy_config.config.model, data)
+    assert found is not None
+    found.save(tmp_path / "tokenizer")
+    model, params = tiny(adapter=False, vocab_size=data.tokenizer.vocab_size, mask_id=None)
+    ask = pretraining.Samples(
+        prompts=("one and", "two"), tokenizer=str(tmp_path / "tokenizer"), recipe=recipes.ar(),
+        max_new_tokens=3,
+    )  # fmt: skip
+    said = ask(model, params, 0)
+    assert [text[: len(start)] for text, start in zip(said["texts"], ask.prompts, strict=True)] == [
+        "one and", "two",
+    ]  # fmt: skip
+    assert 1 <= said["passes"] <= 4
+
+
+@pytest.mark.slow
+def test_another_config_of_a_file_by_its_name_on_a_mesh(tmp_path):
+    name = f"{CONFIG}:blocks"
+    assert main(["train", name, "--run", str(tmp_path), "--fsdp", "2"]) == 0
+    assert [row["step"] for row in rows(tmp_path) if "loss" in row] == [1, 2, 3]
+    alone = tmp_path / "alone"
+    config = dataclasses.replace(
+        load_config(name, pretraining.Train), run=alone,
+        fit=dataclasses.replace(toy_config.blocks.fit, batch=8),
+    )  # fmt: skip
+    pretraining.train(config)
+    losses = [[row["loss"] for row in rows(x) if "loss" in row] for x in (tmp_path, alone)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_mistakes_are_told_in_a_line(tmp_path, capsys):
+    broken = tmp_path / "broken.py"
+    broken.write_text("config = 3\n")
+    for line, message in (
+        (["train", str(tmp_path / "none.py")], "no file .*none.py; give a Python file"),
+        (["train", str(broken)], "exports no Train named config; there are []"),
+        (["train", f"{CONFIG}:third"], "named third; there are ['blocks', 'config']"),
+        (["adapt", str(CONFIG)], "exports no Adapt named config"),
+    ):
+        assert main(line) == 2
+        told = capsys.readouterr().err
+        assert all(part in told for part in message.split(".*")), told
+
+
+def test_fields_are_listed_and_checked(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(CONFIG), "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for option in ("--model.dim", "--data.task.digits", "--on-spike", "--optimiser.kind"):
+        assert option in text
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(CONFIG), "--model.width", "3"])
+    assert ended.value.code == 2
+
+
+def test_configs_load():
+    for path in CONFIGS.glob("*.py"):
+        text = path.read_text()
+        kind = Adapt if "Adapt(" in text else pretraining.Train
+        load_config(str(path), kind)
+    for name in ("cpu", "gpu", "tpu"):
+        assert load_config(f"{CONFIGS / 'adapt_smollm2.py'}:{name}", Adapt).run.name.endswith(name)
+
+
+def test_a_mesh_takes_what_divides():
+    assert mesh_for(3) is None  # of eight devices
+    assert dict(mesh_for(4).shape)["data"] == 4
+    mesh = mesh_for(8, accumulate=2, fsdp=2, tensor=2)
+    assert {axis: size for axis, size in mesh.shape.items() if size > 1} == {
+        "data": 2, "fsdp": 2, "tensor": 2,
+    }  # fmt: skip
+
+
+# Adaptation
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """An autoregressive model in a folder; its last token is for masks."""
+    model, params = tiny(adapter=False, mask_id=None, num_layers=1)
+    folder = tmp_path_factory.mktemp("base") / "model"
+    checkpoint.save(folder, model, params)
+    return folder
+
+
+def phase(until: int, block_size: int) -> Phase:
+    return Phase(until=until, block_size=block_size)
+
+
+def adapt_to(base: Path, run: Path, **fields) -> Adapt:
+    given = dict(
+        data=Counting(), run=run, model=str(base), mask_id=31, steps=4, batch=4, length=12,
+        attention="block_causal", alignment="same_position", save_every=2,
+        objective=Diffusion(noise=MaskNoise(block_size=2)),
+        phases=(phase(1, 1), phase(3, 4), phase(9, 2)),
+        optimiser=training.Optimiser(learning_rate=1e-2, warmup=0, schedule="wsd"),
+    )  # fmt: skip
+    return Adapt(**{**given, **fields})
+
+
+def test_lora_is_merged_into_a_model_that_loads_and_is_exported(base, tmp_path, capsys):
+    lora = AdapterConfig(rank=2, gated=False)
+    config = adapt_to(base, tmp_path / "run", adapter=lora, phases=(phase(9, 2),), steps=2)
+    adaptation.adapt(config)
+    folder = tmp_path / "run" / "model"
+    assert f"step 2: the model is in {folder}" in capsys.readouterr().out
+    model, params = checkpoint.load(folder)
+    assert model.config.adapter is None
+    found = model.config
+    assert (found.attention, found.block_size, found.alignment, found.mask_id) == (
+        "block_causal", 2, "same_position", 31,
+    )  # fmt: skip
+    # What was trained beside the weights computes what the merged ones do.
+    adapter = jax.device_get(training.restore(tmp_path / "run", ("adapter",))[1])
+    apart = Transformer(dataclasses.replace(found, adapter=config.adapter))
+    tokens = jnp.arange(24).reshape(2, 12)
+    whole = {**checkpoint.load(base)[1], **adapter}
+    one, other = forward(apart, whole, tokens).hidden, forward(model, params, tokens).hidden
+    np.testing.assert_allclose(one, other, atol=2e-5)
+    assert np.abs(one - forward(model, checkpoint.load(base)[1], tokens).hidden).max() > 1e-3
+
+
+@pytest.mark.slow
+def test_block_sizes_follow_each_other_and_interruptions_leave_no_trace(
+    base, tmp_path, monkeypatch
+):
+    config = adapt_to(base, tmp_path / "whole", adapter=None, ema=0.5)
+    adaptation.adapt(config)
+    part = dataclasses.replace(config, run=tmp_path / "parts")
+    ticks = itertools.count()  # one a look at the clock, of which the first is its start
+    clock = SimpleNamespace(monotonic=lambda: next(ticks))
+    with monkeypatch.context() as patch:
+        patch.setattr(training.loop, "time", clock)
+        adaptation.adapt(dataclasses.replace(part, minutes=1.5 / 60))
+    assert rows(tmp_path / "parts")[-1]["step"] == 2  # within the second phase
+    adaptation.adapt(part)
+    left, right = rows(tmp_path / "whole"), rows(tmp_path / "parts")
+    assert [row["loss"] for row in left] == [row["loss"] for row in right]
+    assert [row["step"] for row in left] == [1, 2, 3, 4]
+    one, other = (checkpoint.load(tmp_path / run / "model") for run in ("whole", "parts"))
+    jax.tree.map(np.testing.assert_array_equal, one[1], other[1])
+    assert one[0].config.block_size == 2
+
+
+def test_a_phase_is_its_own_model_and_objective(base, tmp_path):
+    config = adapt_to(base, tmp_path, adapter=None)
+    settings = adaptation.adapted(checkpoint.load(base)[0].config, config)
+    assert adaptation._phases(config) == [(1, 1), (3, 4), (4, 2)]
+    model, objective = adaptation._of_size(settings, config, 0)
+    assert (model.config.attention, objective.noise.block_size) == ("bidirectional", 0)
+    model, objective = adaptation._of_size(settings, config, 4)
+    assert (model.config.block_size, objective.noise.block_size) == (4, 4)
+    causal = dataclasses.replace(settings, attention="causal")
+    model, objective = adaptation._of_size(causal, config, 4)
+    assert (model.config.attention, objective.noise.block_size) == ("causal", 4)
+
+
+def test_what_an_adaptation_cannot_be(base, tmp_path):
+    for fields, message in (
+        (dict(mask_id=None), r"has no mask token: give mask_id, an id below 32"),
+        (dict(mask_id=32), "mask_id=32 is outside the vocabulary of 32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            adaptation.adapt(adapt_to(base, tmp_path, adapter=None, **fields))
+    with pytest.raises(ValueError, match=r"phases end at \[3, 1\]"):
+        adapt_to(base, tmp_path, phases=(phase(3, 1), phase(1, 2)))
+    with pytest.raises(ValueError, match="init is an adapter to start from"):
+        adapt_to(base, tmp_path, adapter=None, init=tmp_path)
+
+
+def test_a_gated_adapter_by_the_command(base, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from pathlib import Path\n"
+        "from dllm_jax.adaptation import Adapt\n"
+        "from dllm_jax.nn.adapters import AdapterConfig\n"
+        "from tests.test_pretraining import Counting\n"
+        f"config = Adapt(data=Counting(), run=Path({str(tmp_path / 'run')!r}),\n"
+        f"    model={str(base)!r}, steps=1, batch=4, length=12, adapter=AdapterConfig(rank=2))\n"
+    )
+    assert main(["adapt", str(file), "--adapter.rank", "3", "--noise.blocks", "2", "--debug"]) == 0
+    meta = json.loads((tmp_path / "run" / "adapter" / "adapter.json").read_text())
+    assert meta["adapter"]["rank"] == 3
+    assert (meta["meta"]["steps"], meta["meta"]["noisy_tokens_seen"]) == (1, 2 * 4 * 4)
+    model, _ = checkpoint.load(base, adapter=tmp_path / "run" / "adapter")
+    assert model.config.mask_id == 32

@@ -1,0 +1,184 @@
+"""What a run writes for people: speed, reports, curves."""
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dllm_jax import training
+from dllm_jax.cli import main
+from dllm_jax.losses import Autoregressive
+from dllm_jax.testing import tiny
+from dllm_jax.training import throughput
+from dllm_jax.training.throughput import Meter
+from tests import toy_training
+
+
+def clock(monkeypatch) -> list[float]:
+    """A clock that tells what the list holds."""
+    now = [100.0]
+    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    return now
+
+
+def figures(tokens: float, skipped: float = 0.0) -> dict[str, jax.Array]:
+    return {
+        "loss": jnp.float32(1.5),
+        "tokens": jnp.float32(tokens),
+        "skipped": jnp.float32(skipped),
+    }
+
+
+def test_speed_leaves_out_compiling_and_pauses(monkeypatch):
+    now = clock(monkeypatch)
+    meter = Meter(flops=6e9, peak=4e10)
+    meter.add(figures(1000))
+    now[0] += 50  # compiling was before: `add` waits for the first step
+    first = meter.look()
+    assert first == {"loss": 1.5, "tokens": 1000.0, "skipped": 0.0}
+    for skipped in (0.0, 1.0, 1.0):
+        now[0] += 0.5
+        meter.add(figures(300, skipped))
+    with meter.pause():
+        now[0] += 1000
+    found = meter.look()
+    assert found["seconds"] == pytest.approx(0.5)
+    assert found["tokens_per_second"] == pytest.approx(600)
+    assert found["mfu"] == pytest.approx(6e9 / 0.5 / 4e10)
+    assert found["skipped"] == 2.0
+
+
+@pytest.mark.parametrize("trained", ["all", "embed"])
+def test_flops_of_a_step_are_about_those_of_the_compiled_program(trained):
+    model, params = tiny(
+        vocab_size=256, num_layers=1, dim=64, num_heads=4, num_kv_heads=4, head_dim=16, ffn_dim=256,
+        adapter=False, mask_id=None,
+    )  # fmt: skip
+    batch = {
+        "tokens": jnp.ones((4, 32), jnp.int32), "lengths": jnp.full(4, 32),
+        "prompts": jnp.zeros(4, jnp.int32),
+    }  # fmt: skip
+    names = tuple(params) if trained == "all" else (trained,)  # below all layers
+
+    def loss(chosen, params):
+        given = {**params, **chosen}
+        return Autoregressive().loss(model, given, batch, jax.random.key(0))[0]
+
+    chosen = {name: params[name] for name in names}
+    program = jax.jit(jax.grad(loss)).lower(chosen, params).compile()
+    flops = program.cost_analysis()["flops"]
+    closed = training.step_flops(model.config, names, entries=128.0, length=32)
+    assert closed == pytest.approx(flops, rel=0.15)
+
+
+def report_to(monkeypatch, name: str):
+    """A package of that name that notes what it is told."""
+    told = []
+
+    class Board:
+        def __init__(self, folder=None):
+            told.append(("open", folder))
+
+        def add_scalar(self, figure, value, step):
+            told.append((figure, step, value))
+
+        def close(self):
+            told.append(("close",))
+
+    def init(**fields):
+        told.append(("open", fields))
+        return SimpleNamespace(
+            log=lambda found, step: told.append((step, found)),
+            finish=lambda: told.append(("close",)),
+        )
+
+    module = ModuleType(name)
+    module.SummaryWriter, module.init = Board, init
+    monkeypatch.setitem(sys.modules, name, module)
+    return told
+
+
+def test_reports_are_told_what_the_metrics_are(tmp_path, monkeypatch):
+    toy_training.write(tmp_path)
+    told = {name: report_to(monkeypatch, name) for name in ("tensorboardX", "wandb", "trackio")}
+    run = tmp_path / "run"
+    toy_training.fit(run, steps=2, report=("tensorboard", "wandb", "trackio"))
+    losses = toy_training.losses(run)
+    board = told["tensorboardX"]
+    assert board[0] == ("open", str(run / "tensorboard"))
+    assert [entry[1:] for entry in board if entry[0] == "loss"] == [(1, losses[0]), (2, losses[1])]
+    for name in ("wandb", "trackio"):
+        assert told[name][0][1]["name"] == "run"
+        assert told[name][0][1]["config"]["batch"] == 8
+        assert [(step, found["loss"]) for step, found in told[name][1:-1]] == [
+            (1, losses[0]), (2, losses[1]),
+        ]  # fmt: skip
+    assert all(entries[-1] == ("close",) for entries in told.values())
+
+
+def test_a_report_that_cannot_be_is_told_before_any_step(tmp_path, monkeypatch):
+    toy_training.write(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ModuleNotFoundError, match="needs the package wandb: pip install wandb"):
+        toy_training.fit(tmp_path / "run", steps=2, report=("wandb",))
+    with pytest.raises(ValueError, match="report='board' is not one of tensorboard, wandb, track"):
+        toy_training.fit(tmp_path / "run", steps=2, report=("board",))
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.fixture
+def runs(tmp_path) -> list[Path]:
+    """Two runs with the same names of figures."""
+    found = []
+    for number in (1, 2):
+        run = tmp_path / f"run-{number}"
+        run.mkdir()
+        rows = [{"step": i, "loss": number / i, "grad_norm": float("nan")} for i in range(1, 61)]
+        rows += [{"step": 60, "heldout_loss": 0.5}]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        found.append(run)
+    return found
+
+
+def drawn(monkeypatch) -> list:
+    """The axes of every figure that is saved."""
+    from matplotlib.figure import Figure
+
+    kept = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: kept.append(self.axes))
+    return kept
+
+
+def test_curves_of_several_runs_share_panels(runs, monkeypatch):
+    kept = drawn(monkeypatch)
+    curves = training.Curves(figures=("loss+held*", "loss"), smooth=10, log_x=True, log_y=True)
+    training.plot(*runs, curves=curves)
+    left, right = kept[0]
+    labels = [text.get_text() for text in left.get_legend().get_texts()]
+    assert labels == [
+        "run-1: loss", "run-1: heldout_loss", "run-2: loss", "run-2: heldout_loss",
+    ]  # fmt: skip
+    smooth = next(line for line in right.lines if line.get_label() == "run-2: loss").get_ydata()
+    assert smooth[0] == 2.0
+    assert smooth[29] == pytest.approx(sum(2 / i for i in range(21, 31)) / 10)
+    assert (left.get_xscale(), left.get_yscale()) == ("log", "log")
+
+
+def test_figures_are_named(runs):
+    with pytest.raises(ValueError, match="no run has grad_norm, wide; there are grad_norm, held"):
+        training.plot(*runs, curves=training.Curves(figures=("grad_norm", "wide")))
+    with pytest.raises(FileNotFoundError, match=r"nowhere has no metrics.jsonl"):
+        training.plot("nowhere")
+
+
+def test_the_command_draws(runs, tmp_path, capsys):
+    out = tmp_path / "curves.png"
+    assert main(["plot", *map(str, runs), "--figures", "loss", "--out", str(out), "--log-y"]) == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+    assert str(out) in capsys.readouterr().err
+    assert main(["plot", str(runs[0]), "--smooth", "0"]) == 2
+    assert "--smooth 0 must be at least 1" in capsys.readouterr().err
