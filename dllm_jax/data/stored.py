@@ -35,10 +35,14 @@ class StoreData:
         Raises:
           FileNotFoundError: there is no store, or no such split.
         """
-        store = Store(self.folder, split)
+        store = self.store(split)
         if self.length is None:
             return store
         return Packed(store, self.length, whole=self.whole, documents=self.documents)
+
+    def store(self, split: str) -> Store:
+        """What the rows are made of."""
+        return Store(self.folder, split)
 
     @property
     def tokenizer(self) -> Tokenizer:

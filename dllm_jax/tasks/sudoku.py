@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from etils import epath
@@ -55,7 +55,7 @@ class Sudoku:
     Making a pool takes about 20 ms a puzzle of 9x9, once: it is kept in `sources.cache_folder()`.
     """
 
-    name: ClassVar[str] = "sudoku"
+    name = "sudoku"
 
     size: int = 9
     layout: str = "canvas"
