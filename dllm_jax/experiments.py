@@ -1,24 +1,28 @@
-"""One task, four ways to learn it: the same backbone, parameters and training FLOPs.
+"""One task or corpus, several ways to learn it: the same backbone, parameters and training FLOPs.
 
-    masked, block, tri, ar = modes(Sudoku(), flops=1e15, run=Path("runs/sudoku"))
+    masked, block, tri, ar = modes(Sudoku(layout="prompt"), flops=1e15, run=Path("runs/sudoku"))
     train(masked)
 
-What a row computes differs (a dual stream reads it twice), so the modes differ in steps.
+What a row computes differs (a dual stream reads it twice), so the ways differ in steps.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dllm_jax import recipes, tasks, training
+import jax
+import numpy as np
+
+from dllm_jax import recipes, training
 from dllm_jax.corruption import MaskedBlocks, MaskNoise
-from dllm_jax.data import Source
+from dllm_jax.data import CorpusData
+from dllm_jax.likelihood import bound, log_likelihood
 from dllm_jax.losses import Autoregressive, Diffusion, DualStream
 from dllm_jax.nn.transformer import TransformerConfig
-from dllm_jax.pretraining import Train
-from dllm_jax.recipes import Recipe
-from dllm_jax.tasks import Examples, Task
+from dllm_jax.pretraining import Data, Evaluation, TaskAccuracy, TaskData, Train
+from dllm_jax.tasks import Task
 from dllm_jax.training.loop import Found
 from dllm_jax.training.throughput import step_flops
 from dllm_jax.typing import Params
@@ -27,57 +31,12 @@ ROWS = 1 << 30  # questions to train on: none is seen twice
 
 
 class Modes(NamedTuple):
-    """The four runs."""
+    """The runs of a task."""
 
     masked: Train  # bidirectional, all positions in any order
     block: Train  # block-causal, block after block
     tri: Train  # causal, with a diffusion mode: autoregressive, diffusion, self-speculation
     ar: Train  # causal
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TaskData:
-    """The questions of a task, as a `pretraining.Data`."""
-
-    task: Task
-    rows: int = ROWS
-    """Questions to train on."""
-    heldout: int = 256
-    """Questions to look at."""
-    seed: int = 0
-    filled: bool = False
-    """Answers go on with the end token up to the longest: for models whose canvas is that long."""
-
-    def source(self, split: str) -> Source:
-        """The rows of "train" or "heldout"."""
-        count = self.rows if split == "train" else self.heldout
-        return Examples(self.task, split, count, self.seed, filled=self.filled)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Accuracy:
-    """How many held-out questions a model answers, as a `pretraining.Evaluation`."""
-
-    task: Task
-    recipe: Recipe
-    count: int = 128
-    batch: int = 64
-    split: str = "heldout"
-    shown: int = 1
-    """So many answers are kept as samples."""
-
-    def __call__(self, model: Any, params: Params, step: int) -> Found:
-        """`accuracy`, `passes`, `overhead`, and answers as words."""
-        found = tasks.solve(
-            model, params, self.task, recipe=self.recipe, count=self.count, split=self.split,
-            batch=self.batch,
-        )  # fmt: skip
-        return {
-            "accuracy": found.accuracy,
-            "passes": found.passes,
-            "overhead": found.overhead,
-            "answers": [self.task.show(row) for row in found.answers[: self.shown]],
-        }
 
 
 def modes(
@@ -92,7 +51,6 @@ def modes(
     block: int = 4,
     batch: int = 32,
     optimiser: training.Optimiser | None = None,
-    evaluate_every: int = 500,
     **fit: Any,
 ) -> Modes:
     """The runs of a task.
@@ -104,49 +62,32 @@ def modes(
       canvas: the same in the layout "canvas", which the masked model learns, where there is one.
       layers, dim, heads: of the backbone; feed-forward layers are three times as wide.
       block: positions of a block, for the modes that have some.
-      batch: rows of a step; twice as many where a row computes half as much.
+      batch: rows of a step.
       optimiser: AdamW at 2e-3 by default.
       fit: other fields of `training.Fit`.
     """
-    vocabulary = task.vocabulary
-    whole = canvas or task
-    length = max(task.length, whole.length)
-    backbone = TransformerConfig(
-        vocab_size=vocabulary.size, num_layers=layers, dim=dim, num_heads=heads,
-        num_kv_heads=heads, head_dim=dim // heads, ffn_dim=3 * dim, qk_norm=True,
-        max_length=-(-length // block) * block + block, learned_positions=True,
-        mask_id=vocabulary.mask_id, pad_id=vocabulary.pad_id, eos_ids=(vocabulary.eos_id,),
+    whole, vocabulary = canvas or task, task.vocabulary
+    backbone = _backbone(
+        vocabulary.size, -(-max(task.length, whole.length) // block) * block + block, layers, dim,
+        heads, mask_id=vocabulary.mask_id, pad_id=vocabulary.pad_id, eos_ids=(vocabulary.eos_id,),
     )  # fmt: skip
-    optimiser = optimiser or training.Optimiser(
-        learning_rate=2e-3, warmup=200, b2=0.98, weight_decay=0.01
-    )
-
-    def made(name: str, own: Task, objective: Any, asked: Mapping[str, Recipe], **config) -> Train:
-        model = dataclasses.replace(backbone, **config)
-        entries = objective.entries(batch, own.length)
-        work = step_flops(model, model.tree(), entries=entries, length=own.length)
-        steps = max(round(flops / work), 1)
-        settings: dict[str, Any] = {"log_every": 20, "save_every": 250, **fit}
-        return Train(
-            run=run / name,
-            data=TaskData(task=own, filled=model.attention == "bidirectional"),
-            model=model,
-            objective=objective,
-            optimiser=optimiser,
-            fit=training.Fit(
-                steps=steps, batch=batch, length=own.length, evaluate_every=evaluate_every,
-                **settings,
-            ),
-            evaluations={n: Accuracy(task=own, recipe=r) for n, r in asked.items()},
-            recipe=next(iter(asked.values())),
-        )  # fmt: skip
-
+    budget = _Budget(run, flops, batch, optimiser or OPTIMISER, fit)
     marked = Diffusion(noise=MaskNoise(weighting="flat"), divide="learnt")
     in_blocks = Diffusion(
         noise=MaskNoise(block_size=block, weighting="flat"), divide="learnt",
         longest=task.answer_length,
     )  # fmt: skip
     drafts = MaskedBlocks(block_size=block, blocks=-(-task.answer_length // block))
+
+    def made(
+        name: str, own: Task, objective: Any, ways: Mapping[str, Any], **changes: Any
+    ) -> Train:
+        config = dataclasses.replace(backbone, **changes)
+        data = TaskData(task=own, rows=ROWS, filled=config.attention == "bidirectional")
+        asked = {way: TaskAccuracy(task=own, recipe=recipe) for way, recipe in ways.items()}
+        made = budget.run(name, data, config, objective, own.length, asked)
+        return dataclasses.replace(made, recipe=next(iter(ways.values())))
+
     return Modes(
         masked=made(
             "masked", whole, marked, {"adaptive": recipes.llada(block_size=0)},
@@ -162,3 +103,169 @@ def modes(
         ),
         ar=made("ar", task, Autoregressive(), {"ar": recipes.ar()}, mask_id=None),
     )  # fmt: skip
+
+
+class TextModes(NamedTuple):
+    """The runs of a corpus."""
+
+    ar: Train
+    block_4: Train
+    block_16: Train
+    masked: Train
+
+
+def text_modes(
+    data: CorpusData,
+    *,
+    run: Path,
+    flops: float,
+    layers: int = 6,
+    dim: int = 192,
+    heads: int = 6,
+    batch: int = 16,
+    optimiser: training.Optimiser | None = None,
+    **fit: Any,
+) -> TextModes:
+    """The runs of a corpus, packed into rows: with the weights of the bound, which is measured.
+
+    Arguments as of `modes`. Held-out bits a character are exact for the autoregressive model, and
+    an upper bound for the others.
+    """
+    length = data.length
+    if length is None or length % 16:
+        raise ValueError(f"length={length}: rows must be packed, in blocks of 16")
+    backbone = _backbone(
+        -(-data.vocab_size // 64) * 64,
+        length,
+        layers,
+        dim,
+        heads,
+        mask_id=1,
+        pad_id=0,
+        eos_ids=(2,),
+    )
+    budget = _Budget(run, flops, batch, optimiser or OPTIMISER, fit)
+
+    def made(name: str, objective: Any, **changes: Any) -> Train:
+        config = dataclasses.replace(backbone, **changes)
+        asked = {"bits": Bits(data=data)}
+        return budget.run(name, data, config, objective, length, asked)
+
+    def in_blocks(size: int) -> Train:
+        return made(
+            f"block_{size}", Diffusion(noise=MaskNoise(block_size=size)),
+            attention="block_causal", alignment="same_position", block_size=size,
+        )  # fmt: skip
+
+    return TextModes(
+        ar=made("ar", Autoregressive(), mask_id=None),
+        block_4=in_blocks(4),
+        block_16=in_blocks(16),
+        masked=made(
+            "masked", Diffusion(noise=MaskNoise()), attention="bidirectional",
+            alignment="same_position",
+        ),
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bits:
+    """Bits a character of held-out rows, as a `pretraining.Evaluation`.
+
+    Each row given its first token: exactly for a causal model, else the bound (`likelihood.bound`).
+    """
+
+    data: Any
+    """A `CorpusData` or `StoreData` of packed rows."""
+    rows: int = 32
+    """From the start of the held-out ones."""
+    samples: int = 16
+    """Draws of noise a row."""
+    batch: int = 16
+    seed: int = 0
+
+    def __call__(self, model: Any, params: Params, step: int) -> Found:
+        """`per_character`, its `stderr` (of the draws of noise), and the number of `characters`."""
+        source, store = self.data.source("heldout"), self.data.store("heldout")
+        picked = [source[i].tokens.tolist() for i in range(min(self.rows, len(source)))]
+        nats, spread = bits_of(
+            model, params, picked, samples=self.samples, batch=self.batch, seed=self.seed
+        )
+        characters = sum(len(row) - 1 for row in picked) * store.characters_per_token
+        scale = 1 / math.log(2) / characters
+        return {
+            "per_character": float(nats.sum() * scale),
+            "stderr": float(np.sqrt((spread**2).sum()) * scale),
+            "characters": characters,
+        }
+
+
+def bits_of(
+    model: Any,
+    params: Params,
+    rows: Sequence[Sequence[int]],
+    *,
+    samples: int,
+    batch: int,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Nats of rows of ids, each given its first: float64[R], and their standard errors.
+
+    Exact, with errors of 0, for a causal model without a mask token; else upper bounds.
+    """
+    nats, errors, key = [], [], jax.random.key(seed)
+    for first in range(0, len(rows), batch):
+        part = rows[first : first + batch]
+        given, rest = [row[:1] for row in part], [row[1:] for row in part]
+        if model.config.mask_id is None:
+            found = log_likelihood(model, params, given, rest, recipe=recipes.ar()).total
+            spread = np.zeros(len(part))
+        else:
+            keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(
+                np.arange(first, first + len(part))
+            )
+            found, spread = bound(model, params, given, rest, key=keys, samples=samples)
+        nats.append(-np.asarray(found, np.float64))
+        errors.append(np.asarray(spread, np.float64))
+    return np.concatenate(nats), np.concatenate(errors)
+
+
+OPTIMISER = training.Optimiser(learning_rate=2e-3, warmup=200, b2=0.98, weight_decay=0.01)
+
+
+def _backbone(
+    vocab_size: int, length: int, layers: int, dim: int, heads: int, **tokens: Any
+) -> TransformerConfig:
+    return TransformerConfig(
+        vocab_size=vocab_size, num_layers=layers, dim=dim, num_heads=heads, num_kv_heads=heads,
+        head_dim=dim // heads, ffn_dim=3 * dim, qk_norm=True, max_length=length,
+        learned_positions=True, **tokens,
+    )  # fmt: skip
+
+
+class _Budget(NamedTuple):
+    """What the runs of an experiment share."""
+
+    folder: Path
+    flops: float
+    batch: int
+    optimiser: training.Optimiser
+    fit: dict[str, Any]
+
+    def run(
+        self, name: str, data: Data, model: TransformerConfig, objective: Any, length: int,
+        evaluations: Mapping[str, Evaluation],
+    ) -> Train:  # fmt: skip
+        """A run of so many steps as the FLOPs are good for."""
+        entries = objective.entries(self.batch, length)
+        work = step_flops(model, model.tree(), entries=entries, length=length)
+        settings: dict[str, Any] = {
+            "log_every": 20, "save_every": 250, "evaluate_every": 500, **self.fit
+        }  # fmt: skip
+        fit = training.Fit(
+            steps=max(round(self.flops / work), 1), batch=self.batch, length=length, **settings
+        )
+        return Train(
+            run=self.folder / name, data=data, model=model, objective=objective,
+            optimiser=self.optimiser, fit=fit, evaluations=evaluations,
+        )  # fmt: skip

@@ -23,7 +23,7 @@ from tyro.conf import Fixed, OmitArgPrefixes
 
 from dllm_jax import distributed, training
 from dllm_jax.checkpoint import load, save
-from dllm_jax.data import Conversations, Packed, Source, Store
+from dllm_jax.data import Conversations, Source
 from dllm_jax.decode.generate import generate
 from dllm_jax.generation_config import save_recipe
 from dllm_jax.losses import Objective
@@ -71,31 +71,6 @@ class ConversationData:
     def source(self, split: str) -> Source:
         """As `Data`."""
         return Conversations(self.folder, split)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StoreData:
-    """Texts or conversations of a store that `dllm-jax data` wrote."""
-
-    folder: Path
-    length: int | None = None
-    """Rows of so many tokens, packed; None: a row is a document."""
-    whole: bool = False
-    """Only documents that are longer than a row are cut."""
-    documents: bool = False
-    """The documents of a row do not see each other."""
-
-    def source(self, split: str) -> Source:
-        """As `Data`."""
-        store = Store(self.folder, split)
-        if self.length is None:
-            return store
-        return Packed(store, self.length, whole=self.whole, documents=self.documents)
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The one that the tokens are of."""
-        return Store(self.folder).tokenizer()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

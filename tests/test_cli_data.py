@@ -29,15 +29,20 @@ def test_a_store_is_made_once_and_told_of(texts, tmp_path, capsys):
     assert told.out.splitlines()[:2] == ["read        300 documents of 3 files", "left out    3"]
     places = ", ".join(f"{texts}/{i}.jsonl:101" for i in range(3))
     assert f"         3  not valid JSON: {places}" in told.out
-    assert "tokenizer   280 ids, of its own" in told.out
+    assert f"tokenizer   280 ids, {out}-tokenizer" in told.out
     assert f"train       {len(train)} documents, {train.about['tokens']:,} tokens, " in told.out
     assert train.tokenizer().mask_id == 1
+    written = [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))]
     assert main([*line, "--heldout", "0.1", "--json"]) == 0
     told = capsys.readouterr()
     assert "was there already" in told.err
+    assert written == [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))]
     assert json.loads(told.out) == train.facts
     assert main([*line, "--heldout", "0.2"]) == 2
-    assert "holds a store of other tokenizer and heldout" in capsys.readouterr().err
+    assert (
+        f"{out}-tokenizer holds a tokenizer of other heldout: name another folder"
+        in capsys.readouterr().err
+    )
     other = [*line[:3], "--tokenizer", str(out / "tokenizer"), "--out", str(tmp_path / "other")]
     assert main([*other, "--strict"]) == 2
     assert f"{texts}/0.jsonl:101: not valid JSON" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dllm_jax import recipes
-from dllm_jax.corruption import MaskNoise, UniformNoise
+from dllm_jax.corruption import MaskNoise, MixedNoise, UniformNoise
 from dllm_jax.decode.generate import infill, pad
 from dllm_jax.likelihood import bound, is_greedy, log_likelihood, score_choices
 from dllm_jax.likelihood.bounds import _values
@@ -282,6 +282,7 @@ ESTIMATES = {
     "shifted": ("shifted", MaskNoise(), "stratified"),
     "antithetic": ("same", MaskNoise(), "antithetic"),
     "independent": ("same", MaskNoise(counts="independent"), "independent"),
+    "mixed": ("same", MixedNoise(uniform=0.0), "stratified"),
 }
 
 
@@ -295,6 +296,17 @@ def test_the_bound_is_the_mean_over_all_orders(name: str):
         samples=64, chunk=16,
     )  # fmt: skip
     check_estimate(found, enumerated(which))
+
+
+@pytest.mark.slow
+def test_the_bound_of_mixed_noise_is_below():
+    """A model of masks alone makes little of random tokens: the sum is far below one."""
+    texts = all_texts(4)
+    found = bound(
+        *CANVAS, [PROMPT] * len(texts), texts, key=jax.random.key(0), samples=512, chunk=16,
+        noise=MixedNoise(uniform=0.2),
+    )  # fmt: skip
+    assert 0 < np.exp(np.asarray(found.mean)).sum() < 1
 
 
 @pytest.mark.parametrize(
@@ -499,8 +511,8 @@ def test_bad_bounds_are_told_so():
     refused("must be even", samples=3, times="antithetic")
     refused("none of stratified", times="random")
     refused("at least 1", samples=0)
-    refused("restores the whole answer", noise=MaskNoise(block_size=2))
-    refused("restores the whole answer", CAUSAL, noise=MaskNoise())
+    refused("restores the whole text", noise=MaskNoise(block_size=2))
+    refused("restores the whole text", CAUSAL, noise=MaskNoise())
     refused("is not for this model", noise=UniformNoise())
     refused("is not for this model", UNIFORM, noise=MaskNoise())
     refused("no mask token", tiny(adapter=False), noise=MaskNoise(block_size=2))

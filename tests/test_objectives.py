@@ -23,7 +23,7 @@ from dllm_jax.corruption import (
     Polynomial,
     UniformNoise,
 )
-from dllm_jax.losses import Autoregressive, Diffusion, Distillation
+from dllm_jax.losses import Autoregressive, Diffusion, Distillation, least_variance
 from dllm_jax.nn.adapters import AdapterConfig
 from dllm_jax.nn.head import logits_of
 from dllm_jax.nn.tree import param_shapes
@@ -484,6 +484,34 @@ def test_uniform_noise_trains_on_every_position():
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(slope))
 
 
+@pytest.mark.slow
+def test_the_interval_of_least_variance_is_found():
+    """Against the variances of 200 losses of each interval, drawn with other keys."""
+    model, params = model_of("block_causal")
+    objective = Diffusion(noise=MaskNoise(block_size=T, counts="independent"), stratified=False)
+    intervals = ((0.0, 1.0), (0.45, 0.95), (0.9, 1.0))
+    found, variances = least_variance(
+        model, params, [BATCH] * 60, objective=objective, key=jax.random.key(0), intervals=intervals
+    )
+    plain = {}
+    for low, high in intervals:
+        noise = MaskNoise(block_size=T, counts="independent", beta=low, omega=high)
+        own = dataclasses.replace(objective, noise=noise)
+        keys = jax.random.split(jax.random.key(9), 200)
+        loss = jax.jit(lambda key, own=own: own.loss(model, params, BATCH, key)[0])
+        plain[low, high] = np.var(jax.lax.map(loss, keys), ddof=1)
+    assert (found.noise.beta, found.noise.omega) == min(plain, key=plain.get)
+    assert list(variances) == list(intervals)
+    for interval, variance in list(variances.items())[1:]:  # that of [0, 1] is infinite
+        assert 0.4 < variance / plain[interval] < 2.5
+    with pytest.raises(ValueError, match="independent"):
+        least_variance(model, params, [], objective=Diffusion(), key=jax.random.key(0))
+    with pytest.raises(ValueError, match="at least two"):
+        least_variance(
+            model, params, [BATCH], objective=objective, key=jax.random.key(0), intervals=intervals
+        )
+
+
 def test_bad_settings_are_told_so():
     for wrong, said in (
         (dict(divide="batch"), "divide"),
@@ -502,8 +530,9 @@ def test_bad_settings_are_told_so():
     for pair, noise, said in (
         (model_of("bidirectional"), MaskNoise(block_size=2), "restores the whole text"),
         (model_of("causal"), MaskNoise(), "block after block"),
-        (model_of("block_causal"), MaskNoise(block_size=3), "must be the same"),
-        (tiny(adapter=False, attention="bidirectional", mask_id=None), MaskNoise(), "mask token"),
+        (model_of("bidirectional"), UniformNoise(), "is not for this model"),
+        (tiny(adapter=False, attention="bidirectional", mask_id=None), MaskNoise(), "not for this"),
+        (tiny(adapter=False), MaskNoise(block_size=2), "no mask token"),
     ):
         with pytest.raises(ValueError, match=said):
             Diffusion(noise=noise).loss(*pair, BATCH, key)

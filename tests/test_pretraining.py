@@ -16,7 +16,7 @@ from dllm_jax.adaptation import Adapt, Phase
 from dllm_jax.cli import main
 from dllm_jax.cli.training import load_config
 from dllm_jax.corruption import MaskNoise
-from dllm_jax.data import Row, tokenise
+from dllm_jax.data import Row, StoreData, tokenise
 from dllm_jax.generation_config import load_recipe
 from dllm_jax.losses import Diffusion
 from dllm_jax.nn.adapters import AdapterConfig
@@ -107,7 +107,7 @@ def test_a_model_that_is_there_is_trained_on(trained, tmp_path):
 def test_a_store_is_packed_and_gives_its_tokenizer(tmp_path):
     texts = [f"{number} and so on" for number in range(40)]
     tokenise(texts, test_cli.byte_tokenizer(), tmp_path / "store", heldout=0.2)
-    data = pretraining.StoreData(folder=tmp_path / "store", length=16)
+    data = StoreData(folder=tmp_path / "store", length=16)
     train, heldout = pretraining.sources(data)
     assert {len(row.tokens) for row in list(train)[:-1]} == {16}
     assert heldout is not None

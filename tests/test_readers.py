@@ -194,6 +194,9 @@ def test_parquet(tmp_path):
     assert texts(found) == [str(i) for i in range(700)]
     assert talk.messages == tuple(TALK)
     assert [places for _, places in troubles(documents.report).values()] == [["some.parquet:701"]]
+    documents = read(tmp_path / "some.parquet", key="title")
+    assert texts(documents) == []
+    assert documents.report.left_out == 701
     (tmp_path / "some.parquet").write_bytes(b"PAR1 but not really")
     documents = read(tmp_path / "some.parquet")
     assert texts(documents) == []
@@ -214,7 +217,11 @@ def test_saved_datasets(tmp_path):
         list(read(tmp_path / "two"))
     with pytest.raises(ValueError, match="no split 'other'"):
         list(read(f"hf:{tmp_path / 'two'}@other"))
+    with pytest.raises(ValueError, match="has no splits: drop @train"):
+        list(read(f"hf:{tmp_path / 'one'}@train"))
     (tmp_path / "three").mkdir()
+    with pytest.raises(RuntimeError, match="three cannot be loaded by `datasets`"):
+        list(read(f"hf:{tmp_path / 'three'}"))
     (tmp_path / "three" / "train.jsonl").write_bytes(lines({"text": "by its name"}))
     assert texts(read(f"hf:{tmp_path / 'three'}")) == ["by its name"]
 

@@ -42,7 +42,7 @@ def test_what_is_written_is_read(tmp_path, tokenizer):
         (np.dtype(np.int32), 0, None)
     }
     assert rows.tokens.dtype == np.uint16
-    assert isinstance(rows.tokens, np.memmap)
+    assert isinstance(rows.tokens.base, np.memmap)
     assert rows[-1].tokens.tolist() == rows[39].tokens.tolist()
     with pytest.raises(IndexError):
         rows[40]

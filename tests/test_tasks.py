@@ -222,6 +222,29 @@ def test_a_row_can_be_shown(kind):
     assert "▒" in task.show(blank)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@given(drawn_ids=st.data())
+def test_whatever_a_model_writes_is_judged_and_shown(kind, drawn_ids):
+    task = made(kind)
+    row = task.example("train", 0)
+    ids = st.integers(-1, task.vocabulary.size + 2)
+    wrong = drawn_ids.draw(st.lists(ids, max_size=len(row.tokens) + 3))
+    assert not task.check(row, wrong)
+    assert isinstance(task.show(wrong), str)
+    # Symbols alone, behind the question or in the free cells.
+    symbols = st.integers(2, task.vocabulary.size - 1)
+    if row.given is None:
+        written = drawn_ids.draw(st.lists(symbols, max_size=task.answer_length))
+        wrong = [*row.tokens[: row.prompt].tolist(), *written, task.vocabulary.eos_id]
+    else:
+        free = int((~row.given).sum())
+        whole = row.tokens.copy()
+        whole[~row.given] = drawn_ids.draw(st.lists(symbols, min_size=free, max_size=free))
+        wrong = whole.tolist()
+    assert task.check(row, wrong) in (True, False)
+    assert isinstance(task.show(wrong), str)
+
+
 # Examples
 
 
@@ -285,6 +308,7 @@ def test_a_vocabulary_refuses_what_it_does_not_have():
         2,
     )
     assert vocabulary.encode(f"ab{EOS}").tolist() == [3, 4, 2]
+    assert vocabulary.decode([-1, 3, 5]) == "�a�"
     with pytest.raises(ValueError, match="'c' is no symbol; there are 'ab'"):
         vocabulary.encode("abc")
     for symbols in ("aa", f"a{EOS}"):

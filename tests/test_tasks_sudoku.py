@@ -247,8 +247,8 @@ def test_fields_are_checked():
         tasks.named("sudoku", layout="row")
     with pytest.raises(ValueError, match="pool=0 must be a whole number, at least 1"):
         tasks.named("sudoku", pool=0)
-    with pytest.raises(ValueError, match=r"clues=17 must .* at most 16"):
-        tasks.named("sudoku", size=4, clues=17)
+    with pytest.raises(ValueError, match=r"clues=16 must .* at most 15"):
+        tasks.named("sudoku", size=4, clues=16)
 
 
 def test_a_grid_for_people():
@@ -256,3 +256,7 @@ def test_a_grid_for_people():
     lines = task.show(task.example("train", 0).tokens).split("\n")
     assert [len(line) for line in lines] == [17] * 4
     assert "." in lines[0] + lines[1]
+    row = task.example("train", 0)
+    short = task.show(row.tokens[:-4]).split("\n")  # an answer that is not all there
+    assert short[:3] == lines[:3]
+    assert len(short) == 4

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dllm_jax import data
 from dllm_jax.data import read, train_tokenizer
 from dllm_jax.data.documents import Document, held_out
 from dllm_jax.tokenizer import Tokenizer
@@ -88,20 +89,36 @@ def test_the_same_files_whenever(tmp_path):
     (tmp_path / "some.txt").write_text("\n\n".join(TEXTS))
     program = (
         "import sys; from dllm_jax.data import read, train_tokenizer\n"
-        "train_tokenizer(read(sys.argv[1], unit='paragraph'), 290, sys.argv[2], kind=sys.argv[3])"
+        "documents = read(sys.argv[1], unit='paragraph')\n"
+        "for kind in ('bpe', 'char'):\n"
+        "    train_tokenizer(documents, 290, sys.argv[2] + kind, kind=kind)"
     )
+    arguments = [sys.executable, "-c", program, tmp_path / "some.txt", f"{tmp_path}/there-"]
+    subprocess.run(arguments, check=True, timeout=120)
     for kind in ("bpe", "char"):
-        files = []
-        for number in range(2):
-            folder = tmp_path / f"{kind}{number}"
-            if number:
-                arguments = [sys.executable, "-c", program, tmp_path / "some.txt", folder, kind]
-                subprocess.run(arguments, check=True, timeout=120)
-            else:
-                documents = read(tmp_path / "some.txt", unit="paragraph")
-                train_tokenizer(documents, 290, folder, kind=kind)
-            files.append({path.name: path.read_bytes() for path in folder.iterdir()})
-        assert files[0] == files[1]
+        documents = read(tmp_path / "some.txt", unit="paragraph")
+        train_tokenizer(documents, 290, tmp_path / f"here-{kind}", kind=kind)
+        here, there = (
+            {path.name: path.read_bytes() for path in (tmp_path / f"{side}-{kind}").iterdir()}
+            for side in ("here", "there")
+        )
+        assert here == there
+        assert sorted(here) == ["tokenizer.json", "tokenizer_config.json", "trained.json"]
+
+
+def test_a_vocabulary_is_learnt_once(tmp_path, monkeypatch):
+    first = train_tokenizer(TEXTS, 280, tmp_path / "own", chat=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(data.tokenizers, "_bpe", None)  # nothing is learnt again
+        again = train_tokenizer(TEXTS, 280, tmp_path / "own", chat=True)
+        assert again.backend.to_str() == first.backend.to_str()
+        with pytest.raises(ValueError, match="holds a tokenizer of other vocab_size and chat:"):
+            train_tokenizer(TEXTS, 270, tmp_path / "own")
+    (tmp_path / "own" / "trained.json").unlink()  # somebody else's, or one that was cut short
+    with pytest.raises(ValueError, match="holds a tokenizer of other make"):
+        train_tokenizer(TEXTS, 280, tmp_path / "own", chat=True)
+    other = train_tokenizer(TEXTS, 270, tmp_path / "own", overwrite=True)
+    assert (other.vocab_size, other.template) == (270, None)
 
 
 def test_nothing_is_learnt_from_what_is_held_out(tmp_path):

@@ -374,6 +374,7 @@ class Data(Command):
     """Make texts and conversations into a store of tokens, once, for training.
 
     dllm-jax data --from "corpus/*.jsonl.gz" --tokenizer smollm2-135m-instruct --out runs/corpus
+
     dllm-jax data --corpus classics --train-tokenizer 4096 --out runs/classics
     """
 
@@ -393,7 +394,7 @@ class Data(Command):
     """A named model, a .gguf file, or a folder with tokenizer.json."""
 
     train_tokenizer: Annotated[int | None, _default("IDS", "none is trained")] = None
-    """Learn a vocabulary of so many ids from the documents, instead of --tokenizer."""
+    """Learn a vocabulary of so many ids from the documents, into <out>-tokenizer."""
 
     kind: Literal["bpe", "char", "byte"] = "bpe"
     """Of the vocabulary that is learnt."""

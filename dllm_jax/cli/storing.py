@@ -1,7 +1,6 @@
 """The data command: a store of tokens, and a table of what is in it and what was left out."""
 
 import json
-import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,18 +25,18 @@ def storing(command: Data) -> None:
 def _stored(command: Data) -> dict[str, Any]:
     try:
         documents = _documents(command)
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer = command.tokenizer
-            if command.train_tokenizer is not None:
-                tokenizer = train_tokenizer(
-                    documents, command.train_tokenizer, folder,
-                    kind=command.kind, chat=command.chat, heldout=command.heldout,
-                )  # fmt: skip
-            assert tokenizer is not None  # `check` saw to it
-            return tokenise(
-                documents, tokenizer, command.out,
-                heldout=command.heldout, learn=command.learn, overwrite=command.overwrite,
+        tokenizer = command.tokenizer
+        if command.train_tokenizer is not None:
+            tokenizer = str(command.out.with_name(f"{command.out.name}-tokenizer"))
+            train_tokenizer(
+                documents, command.train_tokenizer, tokenizer, kind=command.kind,
+                chat=command.chat, heldout=command.heldout, overwrite=command.overwrite,
             )  # fmt: skip
+        assert tokenizer is not None  # `check` saw to it
+        return tokenise(
+            documents, tokenizer, command.out,
+            heldout=command.heldout, learn=command.learn, overwrite=command.overwrite,
+        )  # fmt: skip
     except ImportError as error:  # a package that reads some form: told in one line
         raise RuntimeError(str(error)) from error
 

@@ -32,7 +32,10 @@ class MixedNoise:
         w (KL(q || p) + q(z) / p(z) - log(q(z) / p(z)) - 1),   w = rate(z) / q(z)
 
     where rate(z) is how fast any other token becomes z. At `uniform=0` it is `MaskNoise`. A random
-    token is rare where t is small, and its w large: `clamp` bounds w, and is no bound then.
+    token is rare where t is small, and its w large: times are drawn as t = u ** 4, u uniform, and
+    weighed by 4 u ** 3, for the variance is infinite else. `clamp` bounds w: no bound any more.
+
+    Flat weights are an objective: the cross-entropy of every position, at times t ~ U(0, 1).
     """
 
     block_size: int = 0  # 0: one block, the whole text (bidirectional models)
@@ -63,7 +66,9 @@ class MixedNoise:
         config: Any,
     ) -> NoisyText:
         """One sample of the noise, as `MaskNoise.draw`; what is behind the text is all masks."""
-        times = jnp.clip(levels, 1e-4, 1 - 1e-4)
+        levels = jnp.clip(levels, 1e-2, 1 - 1e-4)
+        flat_times = self.weighting == "flat"
+        times = levels if flat_times else levels**4
         stays, masks, _ = (x[..., None] for x in self.shares(times))
         turn = chance(0)
         pick = (chance(1) * (config.vocab_size - 1)).astype(jnp.int32)
@@ -72,7 +77,8 @@ class MixedNoise:
         noisy = jnp.where(turn < stays + masks, config.mask_id, pick)
         noisy = jnp.where(scored & (turn >= stays), noisy, tokens)
         noisy = jnp.where(behind, config.mask_id, noisy)
-        return flat(noisy, times, scored.astype(jnp.float32))
+        weight = jnp.ones_like(levels) if flat_times else 4 * levels**3
+        return flat(noisy, times, jnp.where(scored, weight[..., None], 0.0))
 
     @property
     def cross_entropy(self) -> bool:

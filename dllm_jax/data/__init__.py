@@ -7,13 +7,14 @@ for batch in batches(source, batch=8, length=1024, pad_id=0, seed=0): ...
 """
 
 from dllm_jax.data.batches import batches
-from dllm_jax.data.conversations import SPLITS, Conversations, write_part
+from dllm_jax.data.conversations import Conversations, write_part
 from dllm_jax.data.corpora import CORPORA, Corpus, corpus
 from dllm_jax.data.documents import BrokenDocument, Document, Documents, Report
 from dllm_jax.data.packing import Packed
 from dllm_jax.data.readers import Files, read
-from dllm_jax.data.rows import Row, Source
+from dllm_jax.data.rows import SPLITS, Row, Source
 from dllm_jax.data.store import Store, tokenise
+from dllm_jax.data.stored import CorpusData, StoreData
 from dllm_jax.data.tokenizers import train_tokenizer
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "BrokenDocument",
     "Conversations",
     "Corpus",
+    "CorpusData",
     "Document",
     "Documents",
     "Files",
@@ -30,6 +32,7 @@ __all__ = [
     "Row",
     "Source",
     "Store",
+    "StoreData",
     "batches",
     "corpus",
     "read",

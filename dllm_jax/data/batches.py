@@ -57,22 +57,22 @@ def batches(
         raise ValueError(f"{len(source)} rows do not fill a batch of {batch}")
     dataset = grain.MapDataset.source(source).seed(seed).shuffle().map(made).repeat()
     share = range(batch) if rows is None else [int(i) for i in rows]
-    dataset = grain.MapDataset.source(_Share(dataset, batch, share))
-    # The rows are in memory: threads that read ahead (500 batches by default) would only cost.
+    dataset = grain.MapDataset.source(_Batches(dataset, batch, share))
+    # Rows are in memory, or mapped: threads that read ahead (500 batches by default) only cost.
     here = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return iter(dataset.batch(len(share)).to_iter_dataset(here))
+    return iter(dataset.to_iter_dataset(here))
 
 
-class _Share:
-    """Of an endless sequence cut into batches: the rows of each at the given places."""
+class _Batches:
+    """An endless sequence cut into batches: of each, the rows at the given places, stacked."""
 
     def __init__(self, dataset: grain.MapDataset, batch: int, places: Sequence[int]):
         self.dataset, self.batch, self.places = dataset, batch, places
 
     def __len__(self) -> int:
-        # Of a sequence that repeats for ever; grain adds to it, and it must fit 63 bits then.
-        return min(len(self.dataset), 1 << 62) // self.batch * len(self.places)
+        return len(self.dataset) // self.batch
 
-    def __getitem__(self, index: int) -> Any:
-        number, place = divmod(int(index), len(self.places))
-        return self.dataset[number * self.batch + self.places[place]]
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        begin = int(index) * self.batch
+        rows: list[Any] = [self.dataset[begin + place] for place in self.places]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

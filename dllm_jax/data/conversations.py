@@ -7,8 +7,6 @@ import numpy as np
 
 from dllm_jax.data.rows import Row
 
-SPLITS = ("train", "heldout")
-
 
 def write_part(path: Path, rows: Sequence[Sequence[int]], prompts: Sequence[int]) -> None:
     """Writes conversations as one file, whole or not at all.

@@ -232,7 +232,7 @@ def _parquet(path: str, how: Files) -> Found:
         file = reader.ParquetFile(path)
         names = [name for name in (how.key, *_FIELDS) if name in file.schema_arrow.names]
         row = 0
-        for batch in file.iter_batches(batch_size=256, columns=names):
+        for batch in file.iter_batches(batch_size=256, columns=names or None):
             for record in batch.to_pylist():
                 row += 1
                 place = f"{path}:{row}"
@@ -267,12 +267,16 @@ def _dataset(path: str, how: Files) -> Found:
     """A dataset of the hub, or a folder that `save_to_disk` wrote."""
     library = _package("datasets", "data")
     name, _, split = path.removeprefix(HUB).partition("@")
-    if _saved(os.path.expanduser(name)):
-        found = library.load_from_disk(os.path.expanduser(name))
-        if split and not hasattr(found, "keys"):
-            raise ValueError(f"{name} has no splits: drop @{split}")
-    else:
-        found = library.load_dataset(name, streaming=True)
+    folder = os.path.expanduser(name)
+    try:
+        if _saved(folder):
+            found = library.load_from_disk(folder)
+        else:
+            found = library.load_dataset(name, streaming=True)
+    except OSError as error:  # nothing of it can be read: that is no trouble of one document
+        raise RuntimeError(f"{path} cannot be loaded by `datasets`: {error}") from error
+    if split and not hasattr(found, "keys"):
+        raise ValueError(f"{name} has no splits: drop @{split}")
     if hasattr(found, "keys"):  # several splits
         if not split and len(found) == 1:
             (split,) = found

@@ -4,6 +4,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+SPLITS = ("train", "heldout")
+
 
 class Row(NamedTuple):
     """A text of `n` ids, and what of it is to be learnt."""

@@ -11,7 +11,6 @@ each document ends, and its tokens of prompt) and, where every turn of an assist
 
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -24,14 +23,13 @@ from etils import epath
 
 from dllm_jax import sources
 from dllm_jax.data.documents import Document, Documents, Report, held_out, listed
-from dllm_jax.data.rows import Row
+from dllm_jax.data.rows import SPLITS, Row
 from dllm_jax.tokenizer import Tokenizer
 
 FORMAT = "dllm_jax.store"
 VERSION = 1
-SPLITS = ("train", "heldout")
 
-_AT_ONCE = 512  # documents that are encoded together
+_AT_ONCE, _CHARACTERS = 512, 1 << 22  # documents that are encoded together, at most
 
 
 def tokenise(
@@ -118,7 +116,7 @@ class Store:
     """The documents of a split, by number: a `Source`; nothing is read before it is asked for."""
 
     def __init__(self, folder: str | os.PathLike[str], split: str = "train"):
-        """Opens a folder that `tokenise` wrote.
+        """Opens a folder that `tokenise` wrote, on a disk of this machine or one that it mounts.
 
         Raises:
           FileNotFoundError: there is no store, or no such split.
@@ -149,7 +147,7 @@ class Store:
             raise sources.Damaged(
                 f"{table} tells of other documents than store.json: make the store anew"
             )
-        self.ends, self.prompts = index  # int64[N] each
+        self.ends, self.prompts = np.asarray(index)  # int64[N] each
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -192,7 +190,10 @@ class Store:
                 f"{file} {what}, and store.json tells of {size * dtype.itemsize:,}: copy the store"
                 " again, or make it anew"
             )
-        return np.memmap(file, dtype, "r", shape=(size,)) if size else np.zeros(0, dtype)
+        # As plain arrays, for slices of a `memmap` are slow to make.
+        return np.asarray(
+            np.memmap(file, dtype, "r", shape=(size,)) if size else np.zeros(0, dtype)
+        )
 
 
 def tokenizer_sha256(tokenizer: Tokenizer) -> str:
@@ -219,8 +220,7 @@ def _written(
             for name in names
         }
         unknown = tokenizer.backend.token_to_id(tokenizer.special.get("unk_token", ""))
-        rest = iter(documents)
-        while some := list(itertools.islice(rest, _AT_ONCE)):
+        for some in _groups(documents):
             for document, found in zip(some, _encoded(some, tokenizer, learn), strict=True):
                 if isinstance(found, str):
                     documents.report.documents -= 1
@@ -276,6 +276,19 @@ class _Split(contextlib.AbstractContextManager):
         for column in self.index:
             column.close()
             Path(column.name).unlink()
+
+
+def _groups(documents: Documents) -> Iterator[list[Document]]:
+    """Documents that are encoded together: enough for all cores, not too much for the memory."""
+    some, size = [], 0
+    for document in documents:
+        some.append(document)
+        size += sum(map(len, document.texts()))
+        if len(some) == _AT_ONCE or size >= _CHARACTERS:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
 
 
 def _encoded(

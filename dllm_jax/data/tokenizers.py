@@ -39,10 +39,12 @@ def train_tokenizer(
     kind: str = "bpe",
     chat: bool = False,
     heldout: float = 0.0,
+    overwrite: bool = False,
 ) -> Tokenizer:
     """Learns a vocabulary and writes it as a folder that `Tokenizer.load` reads.
 
-    The same documents and options give the same files, byte for byte.
+    The same documents and options give the same vocabulary, byte for byte; where the folder has it
+    already, it is read.
 
     Args:
       documents: of `read`, `corpus`, or a list of texts or conversations.
@@ -53,9 +55,11 @@ def train_tokenizer(
         character), "byte" (one id a byte of UTF-8).
       chat: tokens and a template for conversations (ChatML) too.
       heldout: the share that `tokenise` will hold out; nothing is learnt from it here either.
+      overwrite: replace a vocabulary of other documents or options.
 
     Raises:
-      ValueError: the vocabulary is too small for its kind, or the documents hold no text.
+      ValueError: the vocabulary is too small for its kind, the documents hold no text, or the
+        folder holds another tokenizer.
     """
     documents = listed(documents)
     special = [PAD, MASK, EOS, *([UNK] if kind == "char" else []), *(TURNS if chat else ())]
@@ -65,6 +69,13 @@ def train_tokenizer(
             f"vocab_size={vocab_size} is too small for kind={kind!r}, which needs {least}"
             f" ({len(special)} of them special tokens)"
         )
+    path = Path(folder).expanduser()
+    settings = {
+        "documents": documents.identity(), "vocab_size": vocab_size, "kind": kind, "chat": chat,
+        "heldout": heldout,
+    }  # fmt: skip
+    if _there(path, settings, overwrite):
+        return Tokenizer.load(path)
     texts = _texts(documents, heldout)
     if kind == "bpe":
         backend = _bpe(texts, vocab_size, special)
@@ -83,20 +94,45 @@ def train_tokenizer(
     if kind != "byte" and not documents.report.documents:
         raise ValueError("the documents hold no text to learn a vocabulary from")
     backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
-    path = Path(folder).expanduser()
     path.mkdir(parents=True, exist_ok=True)
+    (path / _TRAINED).unlink(missing_ok=True)
     backend.save(str(path / "tokenizer.json"))
     ends = [EOS, TURNS[1]] if chat else [EOS]
-    settings = {
+    config = {
         "pad_token": PAD, "mask_token": MASK, "eos_token": EOS,
         **({"unk_token": UNK} if kind == "char" else {}),
         "eos_ids": [backend.token_to_id(token) for token in ends],
         "pad_id": backend.token_to_id(PAD),
     }  # fmt: skip
-    (path / "tokenizer_config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    (path / "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    template = path / "chat_template.jinja"
+    template.unlink(missing_ok=True)
     if chat:
-        (path / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+        template.write_text(TEMPLATE, encoding="utf-8")
+    (path / _TRAINED).write_text(json.dumps(settings, indent=1), encoding="utf-8")  # it is whole
     return Tokenizer.load(path)
+
+
+_TRAINED = "trained.json"  # of what and how; written last
+
+
+def _there(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:
+    """Whether the folder has this vocabulary already; an error where it has another."""
+    if not (folder / "tokenizer.json").exists():
+        return False
+    try:
+        earlier = json.loads((folder / _TRAINED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # somebody else's, or cut short
+        earlier = {}
+    if earlier == json.loads(json.dumps(settings)):
+        return True
+    if not overwrite:
+        changed = [name for name in settings if name in earlier and earlier[name] != settings[name]]
+        raise ValueError(
+            f"{folder} holds a tokenizer of other {' and '.join(changed) or 'make'}: name another"
+            " folder, or overwrite it (overwrite=True, --overwrite)"
+        )
+    return False
 
 
 def _texts(documents: Documents, heldout: float) -> Iterator[str]:

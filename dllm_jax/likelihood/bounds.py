@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dllm_jax.corruption import MaskNoise, NoisyText, UniformNoise
+from dllm_jax.corruption import MaskNoise, Noise, NoisyText, UniformNoise
 from dllm_jax.decode.prompt import BUCKET
 from dllm_jax.likelihood.texts import Texts, pack
 from dllm_jax.losses import views
+from dllm_jax.losses.diffusion import check
 from dllm_jax.nn.head import over_vocabulary
 from dllm_jax.nn.transformer import forward
 from dllm_jax.ops.sampling import uniform
@@ -44,7 +45,7 @@ def bound(
     answer: Sequence,
     *,
     key: Key,
-    noise: MaskNoise | UniformNoise | None = None,
+    noise: Noise | None = None,
     samples: int = 128,
     times: str = "stratified",
     chunk: int = 8,
@@ -105,33 +106,17 @@ def _keys(key: Key, batch: int) -> Key:
     return key
 
 
-def _fitting(config, noise: MaskNoise | UniformNoise | None) -> MaskNoise | UniformNoise:
-    """The noise, by default the model's own.
-
-    Raises:
-      ValueError: the model was not made for it.
-    """
-    whole = config.attention == "bidirectional"
-    kind = UniformNoise if config.mask_id is None else MaskNoise
+def _fitting(config, noise: Noise | None) -> Noise:
+    """The noise, by default the model's own; ValueError where it is for another one."""
     if noise is None:
+        kind = UniformNoise if config.mask_id is None else MaskNoise
         size = getattr(config, "canvas_length", 0)
         if config.attention == "block_causal":
             size = config.block_size
         elif config.attention == "causal" and kind is MaskNoise:
             size = _CAUSAL_BLOCK
         noise = kind(block_size=size)
-    if not isinstance(noise, kind):
-        raise ValueError(f"{noise} is not for this model, whose mask_id is {config.mask_id}")
-    if isinstance(noise, MaskNoise) and not config.has_mask:
-        raise ValueError(
-            "this model has no mask token: load it with a diffusion adapter, or use"
-            " log_likelihood with recipes.ar()"
-        )
-    if whole == bool(noise.block_size):
-        raise ValueError(
-            f"block_size={noise.block_size}: a bidirectional model restores the whole answer (0),"
-            f" a causal or block-causal one block after block; this one is {config.attention}"
-        )
+    check(config, noise)
     return noise
 
 

@@ -49,7 +49,8 @@ class Diffusion:
     * a bidirectional model restores all of it at once (`noise.block_size` 0: LLaDA, MDLM, MD4);
     * a block-causal or causal one restores all blocks in one pass, each behind the clean blocks
       before it (BD3-LM, 2503.09573, equation 8; SDAR; LLaDA2; shifted: Fast-dLLM v2). Blocks begin
-      at multiples of their size in the first, where the answer does in the second.
+      at multiples of their size in the first, where the answer does in the second; they are of the
+      noise's size, which a curriculum may change, in the clean text too.
 
     The noise says what is restored and with which weights; with those of the bound and divisor
     "tokens" the loss is the negative evidence lower bound a token, of one sample (`bound`).
@@ -303,22 +304,17 @@ class Diffusion:
 
 def check(config: Any, noise: Noise) -> None:
     """Raises ValueError where a noise is not for a model."""
-    uniform, whole = isinstance(noise, UniformNoise), config.attention == "bidirectional"
-    if not uniform and not config.has_mask:
+    if isinstance(noise, UniformNoise) != (config.mask_id is None):
+        raise ValueError(f"{noise} is not for this model, whose mask_id is {config.mask_id}")
+    if config.mask_id is not None and not config.has_mask:
         raise ValueError(
-            f"{type(noise).__name__} needs a model with a mask token, and this one has mask_id="
-            f"{config.mask_id}: set it in its config, within the vocabulary"
+            f"this model has no mask token: mask_id={config.mask_id} has no embedding; load it with"
+            " a diffusion adapter, set it within the vocabulary, or use it autoregressively"
         )
-    if whole == bool(noise.block_size):
+    if (config.attention == "bidirectional") == bool(noise.block_size):
         raise ValueError(
             f"block_size={noise.block_size}: a bidirectional model restores the whole text (0), a"
             f" causal or block-causal one block after block; this one is {config.attention}"
-        )
-    own = getattr(config, "block_size", noise.block_size)
-    if config.attention == "block_causal" and noise.block_size != own:
-        raise ValueError(
-            f"the noise has block_size={noise.block_size}, the model's attention {own}: they must"
-            " be the same"
         )
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
@@ -28,8 +27,8 @@ class Addition:
     the long numbers. In the layout "canvas" all numbers are filled up with zeros: `058+467=0525`.
     """
 
-    name: ClassVar[str] = "addition"
-    vocabulary: ClassVar[Vocabulary] = Vocabulary("0123456789+=")
+    name = "addition"
+    vocabulary = Vocabulary("0123456789+=")
 
     digits: int = 8
     """The most of an operand."""

@@ -4,7 +4,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
 
 import numpy as np
 
@@ -24,8 +23,8 @@ class Brackets:
     brackets were taken out.
     """
 
-    name: ClassVar[str] = "brackets"
-    layout: ClassVar[str] = "prompt"
+    name = "brackets"
+    layout = "prompt"
 
     kinds: int = 3
     longest: int = 32

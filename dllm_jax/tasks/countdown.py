@@ -4,7 +4,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
@@ -29,9 +28,9 @@ class Countdown:
     a target.
     """
 
-    name: ClassVar[str] = "countdown"
-    layout: ClassVar[str] = "prompt"
-    vocabulary: ClassVar[Vocabulary] = Vocabulary("0123456789+-*/=,:|")
+    name = "countdown"
+    layout = "prompt"
+    vocabulary = Vocabulary("0123456789+-*/=,:|")
 
     numbers: int = 4
     """How many are given: k."""

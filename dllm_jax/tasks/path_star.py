@@ -7,7 +7,6 @@ first step, and reads the others off the answer.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
 
 import numpy as np
 
@@ -35,7 +34,7 @@ class PathStar:
     one token. The answer's place is known, so there are both layouts.
     """
 
-    name: ClassVar[str] = "path_star"
+    name = "path_star"
 
     degree: int = 5
     path: int = 5

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
@@ -29,8 +28,8 @@ class Recall:
     place is known, so there are both layouts.
     """
 
-    name: ClassVar[str] = "recall"
-    vocabulary: ClassVar[Vocabulary] = Vocabulary(_KEY + _VALUE + ":,|=")
+    name = "recall"
+    vocabulary = Vocabulary(_KEY + _VALUE + ":,|=")
 
     context: int = 512
     """The most tokens of a question."""

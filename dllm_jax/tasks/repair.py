@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
@@ -33,8 +32,8 @@ class Repair:
     The answer's place is known, so there are both layouts.
     """
 
-    name: ClassVar[str] = "repair"
-    vocabulary: ClassVar[Vocabulary] = Vocabulary("0123456=")
+    name = "repair"
+    vocabulary = Vocabulary("0123456=")
 
     words: int = 12
     rate: float = 0.15

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -57,8 +57,8 @@ class Vocabulary:
             ) from None
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """One character an id, the inverse of `encode`."""
-        return "".join([self._shown[int(i)] for i in ids])
+        """One character an id, the inverse of `encode`; of ids that are none of these, �."""
+        return "".join([self._shown[i] if 0 <= i < self.size else "�" for i in map(int, ids)])
 
     @cached_property
     def _shown(self) -> str:
@@ -80,7 +80,8 @@ class Task(Protocol):
         model that fills in can; all rows are of `length`.
     """
 
-    name: ClassVar[str]
+    @property
+    def name(self) -> str: ...
 
     @property
     def layout(self) -> str: ...

@@ -1,0 +1,28 @@
+"""The other tasks, each in four modes: the same backbone, parameters and training FLOPs.
+
+    dllm-jax train configs/tasks.py:path_star          # masked diffusion
+    dllm-jax train configs/tasks.py:path_star_ar       # autoregressive; also _block, _tri
+
+path_star, addition, brackets, repair, recall. Sudoku, Countdown and text have files of their own.
+"""
+
+from pathlib import Path
+
+from dllm_jax.experiments import modes
+from dllm_jax.tasks import Addition, Brackets, PathStar, Recall, Repair
+
+path_star, path_star_block, path_star_tri, path_star_ar = modes(
+    PathStar(), canvas=PathStar(layout="canvas"), run=Path("runs/path-star"), flops=2e13
+)
+addition, addition_block, addition_tri, addition_ar = modes(
+    Addition(), canvas=Addition(layout="canvas"), run=Path("runs/addition"), flops=2e13
+)
+brackets, brackets_block, brackets_tri, brackets_ar = modes(
+    Brackets(), run=Path("runs/brackets"), flops=2e13
+)
+repair, repair_block, repair_tri, repair_ar = modes(
+    Repair(), canvas=Repair(layout="canvas"), run=Path("runs/repair"), flops=2e13
+)
+recall, recall_block, recall_tri, recall_ar = modes(
+    Recall(), canvas=Recall(layout="canvas"), run=Path("runs/recall"), flops=2e13, batch=8
+)

@@ -1,0 +1,65 @@
+"""The clipped schedule with the least variance (BD3-LM)."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from dllm_jax.corruption import MaskNoise
+from dllm_jax.losses.diffusion import Diffusion
+from dllm_jax.typing import Key, Params
+
+INTERVALS = tuple(
+    (round(start / 20, 2), round((start + width) / 20, 2))
+    for width in range(10, 21, 2)
+    for start in range(0, 21 - width, 2)
+)
+"""Shares of masks [beta, omega], from half of [0, 1] to all of it."""
+
+
+def least_variance(
+    model: Any,
+    params: Params,
+    batches: Iterable[dict[str, Any]],
+    *,
+    objective: Diffusion,
+    key: Key,
+    intervals: Sequence[tuple[float, float]] = INTERVALS,
+) -> tuple[Diffusion, dict[tuple[float, float], float]]:
+    """The objective with the interval of noise whose loss varies least, and all their variances.
+
+    What a step's gradient suffers from is the variance of its loss, and the best interval differs
+    by block size (Arriola et al. 2025, 2503.09573, section 5.3): so it is looked for now and then
+    while training goes on.
+
+    Args:
+      batches: as many as the variance is to be told from; every interval is tried on all of them.
+      objective: of masks, `counts="independent"`.
+
+    Raises:
+      ValueError: the noise has no interval, or there are fewer than two batches.
+    """
+    noise = objective.noise
+    if not isinstance(noise, MaskNoise) or noise.counts != "independent":
+        raise ValueError(f'an interval is of MaskNoise(counts="independent"), not of {noise}')
+    tried = [
+        dataclasses.replace(objective, noise=dataclasses.replace(noise, beta=low, omega=high))
+        for low, high in intervals
+    ]
+    losses = [
+        [float(_loss(own, model, params, batch, jax.random.fold_in(key, i))) for own in tried]
+        for i, batch in enumerate(batches)
+    ]
+    if len(losses) < 2:
+        raise ValueError(f"{len(losses)} batches have no variance: give at least two")
+    spread = np.var(losses, axis=0, ddof=1)
+    variances = {interval: float(x) for interval, x in zip(intervals, spread, strict=True)}
+    return tried[int(spread.argmin())], variances
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _loss(objective: Diffusion, model: Any, params: Params, batch, key: Key) -> jax.Array:
+    return objective.loss(model, params, batch, key)[1]["diffusion"]

@@ -1,0 +1,106 @@
+"""Several ways to learn one thing: the same parameters and FLOPs, and what is asked of them."""
+
+import dataclasses
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dllm_jax import pretraining, tasks
+from dllm_jax.data import CorpusData, Row
+from dllm_jax.experiments import Bits, modes, text_modes
+from dllm_jax.likelihood import bound
+from dllm_jax.nn.head import logits_of
+from dllm_jax.nn.transformer import forward
+from dllm_jax.nn.tree import param_shapes
+from dllm_jax.testing import tiny
+from dllm_jax.training.throughput import step_flops
+
+SUDOKU = tasks.Sudoku(size=4, pool=16)
+PROMPT = dataclasses.replace(SUDOKU, layout="prompt")
+TEXT = CorpusData(folder=Path("nowhere"), length=64, kind="char", vocab_size=96)
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        modes(PROMPT, canvas=SUDOKU, run=Path("runs"), flops=1e12),
+        modes(tasks.Addition(digits=3), run=Path("runs"), flops=1e12),
+        text_modes(TEXT, run=Path("runs"), flops=1e12),
+    ],
+    ids=["sudoku", "addition", "text"],
+)
+def test_runs_have_the_same_parameters_and_flops(runs):
+    sizes, works = [], []
+    for run in runs:
+        shapes = param_shapes(run.model)
+        sizes.append(sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)))
+        entries = run.objective.entries(run.fit.batch, run.fit.length)
+        step = step_flops(run.model, shapes, entries=entries, length=run.fit.length)
+        works.append(run.fit.steps * step)
+        assert abs(works[-1] - 1e12) <= step / 2 + 1
+    assert len(set(sizes)) == 1
+    assert len({run.run for run in runs}) == len(runs)
+
+
+def test_rows_of_a_corpus_must_be_whole_blocks():
+    with pytest.raises(ValueError, match="blocks of 16"):
+        text_modes(dataclasses.replace(TEXT, length=50), run=Path("runs"), flops=1e12)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Packed rows of ids, of half a token a character."""
+
+    def source(self, split: str):
+        assert split == "heldout"
+        draw = np.random.default_rng(0)
+        return [Row(draw.integers(3, 30, 16).astype(np.int32)) for _ in range(3)]
+
+    def store(self, split: str):
+        return SimpleNamespace(characters_per_token=2.0)
+
+
+def test_bits_are_exact_for_a_causal_model():
+    model, params = tiny(adapter=False, mask_id=None)
+    found = Bits(data=Pairs(), batch=2)(model, params, 0)
+    rows = np.stack([row.tokens for row in Pairs().source("heldout")])
+    logits = logits_of(model, params, forward(model, params, jnp.asarray(rows)).hidden)
+    logs = np.asarray(jax.nn.log_softmax(logits[:, :-1], axis=-1))
+    nats = -np.take_along_axis(logs, rows[:, 1:, None], axis=-1).sum()
+    assert found["characters"] == 3 * 15 * 2
+    np.testing.assert_allclose(found["per_character"], nats / math.log(2) / 90, rtol=1e-5)
+    assert found["stderr"] == 0
+
+
+def test_bits_are_a_bound_for_a_diffusion_model():
+    model, params = tiny(
+        adapter=False, mask_id=2, attention="block_causal", block_size=4,
+        alignment="same_position",
+    )  # fmt: skip
+    found = Bits(data=Pairs(), batch=3, samples=8)(model, params, 0)
+    rows = [row.tokens.tolist() for row in Pairs().source("heldout")]
+    below = bound(
+        model, params, [row[:1] for row in rows], [row[1:] for row in rows],
+        key=jax.random.key(0), samples=8,
+    )  # fmt: skip
+    nats = -float(np.asarray(below.mean).sum())
+    np.testing.assert_allclose(found["per_character"], nats / math.log(2) / 90, rtol=1e-5)
+    assert 0 < found["stderr"] < found["per_character"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_sudoku_is_learnt(tmp_path):
+    """4x4 in a few minutes: nearly all puzzles, in an order of the model's own."""
+    run = modes(
+        dataclasses.replace(PROMPT, pool=256), canvas=dataclasses.replace(SUDOKU, pool=256),
+        run=tmp_path, dim=64, layers=4, flops=4e11,
+    ).masked  # fmt: skip
+    model, params = pretraining.train(run)
+    (asked,) = run.evaluations.values()
+    assert asked(model, params, 0)["accuracy"] > 0.9
