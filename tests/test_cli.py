@@ -27,7 +27,8 @@ from dllm_jax.cli import main, program
 from dllm_jax.cli.answering import Clock
 from dllm_jax.cli.background import background
 from dllm_jax.cli.describe import activation_bytes, counts
-from dllm_jax.cli.options import Chat, Convert, Data, Generate, Info, Plan, Recipes
+from dllm_jax.cli.options import Chat, Convert, Generate, Info, Plan, Recipes
+from dllm_jax.cli.training_options import Data
 from dllm_jax.nn.adapters import AdapterConfig
 from dllm_jax.nn.transformer import Transformer, TransformerConfig
 from dllm_jax.nn.tree import param_shapes

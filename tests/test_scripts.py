@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dllm_jax import checkpoint, training
+from dllm_jax import adaptation, checkpoint, training
 from dllm_jax.corruption import MaskedBlocks
 from dllm_jax.data import Conversations
 from dllm_jax.nn.adapters import AdapterConfig
@@ -36,7 +36,7 @@ def script(name: str) -> ModuleType:
     return module
 
 
-distill, adapt = script("distill"), script("adapt_smollm2")
+distill = script("distill")
 
 
 @pytest.fixture(scope="module")
@@ -142,14 +142,8 @@ def test_splits_are_named(model, tmp_path):
         distil(model, tmp_path, split="test")
 
 
-def test_settings_have_names():
-    found = adapt.presets()
-    assert {"cpu", "gpu"} <= found.keys()
-    assert all(text and isinstance(config, adapt.Adapt) for text, config in found.values())
-
-
 def test_adapting_stops_continues_and_exports(model, folder, tmp_path, monkeypatch, capsys):
-    config = adapt.Adapt(
+    config = adaptation.Adapt(
         data=folder, run=tmp_path / "run", model=str(model), steps=4, batch=2, length=48,
         adapter=AdapterConfig(rank=2, first_layer=1), noise=MaskedBlocks(block_size=3, blocks=4),
     )  # fmt: skip
@@ -157,11 +151,11 @@ def test_adapting_stops_continues_and_exports(model, folder, tmp_path, monkeypat
     clock = SimpleNamespace(monotonic=lambda: next(ticks), perf_counter=time.perf_counter)
     with monkeypatch.context() as patch:
         patch.setattr(training.loop, "time", clock)
-        adapt.main(dataclasses.replace(config, minutes=2.5 / 60))
+        adaptation.adapt(dataclasses.replace(config, minutes=2.5 / 60))
     assert "step 2 of 4, saved; the same command continues" in capsys.readouterr().out
     assert not (tmp_path / "run" / "adapter").exists()
 
-    adapt.main(config)
+    adaptation.adapt(config)
     exported = tmp_path / "run" / "adapter"
     assert f"step 4: the adapter is in {exported}" in capsys.readouterr().out
     rows = training.read_metrics(tmp_path / "run" / "metrics.jsonl")
@@ -183,7 +177,7 @@ def test_adapting_stops_continues_and_exports(model, folder, tmp_path, monkeypat
     more = dataclasses.replace(
         config, run=tmp_path / "more", init=exported, minutes=0.0, export=tmp_path / "second"
     )
-    adapt.main(more)
+    adaptation.adapt(more)
     assert json.loads((tmp_path / "second" / "adapter.json").read_text())["meta"]["steps"] == 4
     _, again = checkpoint.load(model, adapter=tmp_path / "second")
     jax.tree.map(np.testing.assert_array_equal, again["adapter"], params["adapter"])

@@ -16,23 +16,20 @@ from dllm_jax.cli.chat import talk
 from dllm_jax.cli.choice import Choice, asked, named
 from dllm_jax.cli.describe import describe
 from dllm_jax.cli.options import (
-    Adapt,
     Bench,
     Chat,
     Command,
     Convert,
-    Data,
     Decoding,
     Generate,
     Info,
     ModelOptions,
     Plan,
-    Plot,
     Recipes,
-    Train,
 )
 from dllm_jax.cli.planning import planning
 from dllm_jax.cli.storing import storing
+from dllm_jax.cli.training_options import Adapt, Data, Plot, Train
 from dllm_jax.generation_config import save_recipe
 from dllm_jax.tokenizer import Tokenizer
 from dllm_jax.trajectory import Recorder

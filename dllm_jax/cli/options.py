@@ -15,11 +15,11 @@ Mode = Literal["diffusion", "speculative", "ar"]
 Part = Literal["decode", "vocabulary", "training"]
 
 
-def _word(metavar: str):
+def word(metavar: str):
     return tyro.conf.arg(metavar=metavar)
 
 
-def _default(metavar: str, default: object):
+def default(metavar: str, default: object):
     """An option of which is told whether it was given; its default is the recipe's."""
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
 
@@ -28,16 +28,16 @@ def _default(metavar: str, default: object):
 class ModelOptions:
     """Which weights."""
 
-    model: Annotated[str, _word("MODEL")] = "smollm2-135m-instruct"
+    model: Annotated[str, word("MODEL")] = "smollm2-135m-instruct"
     """A named model, a .gguf file, or a folder: published (safetensors) or written by convert."""
 
-    adapter: Annotated[str, _word("auto|none|FOLDER")] = "auto"
+    adapter: Annotated[str, word("auto|none|FOLDER")] = "auto"
     """The diffusion adapter: the one that ships with the model, none, or the one in a folder."""
 
-    dtype: Annotated[Dtype | None, _word("float32|bfloat16|float16")] = None
+    dtype: Annotated[Dtype | None, word("float32|bfloat16|float16")] = None
     """Of weights and activations; as stored by default (GGUF: float32)."""
 
-    mesh: Annotated[str | None, _default("AXIS=N,...", "the first device")] = None
+    mesh: Annotated[str | None, default("AXIS=N,...", "the first device")] = None
     """Devices to lie on, by axes: tensor=8, or data=2,tensor=4 (also fsdp, expert, context)."""
 
 
@@ -52,31 +52,31 @@ Sets = Annotated[
 class Decoding:
     """How the answer is decoded."""
 
-    recipe: Annotated[str | None, _default("NAME|FILE.json", "the model's own")] = None
+    recipe: Annotated[str | None, default("NAME|FILE.json", "the model's own")] = None
     """A recipe by its name, of those that `dllm-jax recipes` lists, or one in a file."""
 
     sets: Sets = ()
     """Options of the recipe; `dllm-jax recipes NAME` lists them."""
 
-    mode: Annotated[Mode | None, _default("diffusion|speculative|ar", "none")] = None
+    mode: Annotated[Mode | None, default("diffusion|speculative|ar", "none")] = None
     """Short for a recipe: block_diffusion, self_speculative (the tokens of ar, faster) or ar."""
 
-    block_size: Annotated[int | None, _default("INT", 4)] = None
+    block_size: Annotated[int | None, default("INT", 4)] = None
     """Positions denoised at once (--mode diffusion)."""
 
-    threshold: Annotated[float | None, _default("FLOAT", 0.9)] = None
+    threshold: Annotated[float | None, default("FLOAT", 0.9)] = None
     """Write tokens that are surer than this; lower is faster, and rougher (--mode diffusion)."""
 
-    width: Annotated[int | None, _default("INT", 2)] = None
+    width: Annotated[int | None, default("INT", 2)] = None
     """Tokens drafted in each pass (--mode speculative)."""
 
-    temperature: Annotated[float | None, _default("FLOAT", "the recipe's")] = None
+    temperature: Annotated[float | None, default("FLOAT", "the recipe's")] = None
     """Randomness of the draw; 0 takes the most probable token."""
 
-    top_k: Annotated[int | None, _default("INT", "the recipe's")] = None
+    top_k: Annotated[int | None, default("INT", "the recipe's")] = None
     """Draw among the k most probable tokens; 0: all."""
 
-    top_p: Annotated[float | None, _default("FLOAT", "the recipe's")] = None
+    top_p: Annotated[float | None, default("FLOAT", "the recipe's")] = None
     """Draw among the most probable tokens with this share of probability."""
 
     seed: int = 0
@@ -146,10 +146,10 @@ class Generate(Command):
     watch: bool = False
     """Show the canvas while it denoises; a line a step where there is no terminal."""
 
-    html: Annotated[str | None, _word("FILE")] = None
+    html: Annotated[str | None, word("FILE")] = None
     """Write a page that shows every pass, with a slider; it needs no network."""
 
-    trajectory: Annotated[str | None, _word("FILE.json")] = None
+    trajectory: Annotated[str | None, word("FILE.json")] = None
     """Write what every pass did, as data."""
 
     json: bool = False
@@ -161,7 +161,7 @@ class Generate(Command):
     infill: bool = False
     """Fill in a text as it stands: [MASK] is one token to write, [MASK:5] are five."""
 
-    system: Annotated[str | None, _word("TEXT")] = None
+    system: Annotated[str | None, word("TEXT")] = None
     """A system message."""
 
     weights: OmitArgPrefixes[ModelOptions] = ModelOptions()
@@ -189,7 +189,7 @@ class Generate(Command):
 class Chat(Command):
     """Talk with a model, several turns. /help lists the commands, Ctrl-C stops an answer."""
 
-    system: Annotated[str | None, _word("TEXT")] = None
+    system: Annotated[str | None, word("TEXT")] = None
     """A system message."""
 
     weights: OmitArgPrefixes[ModelOptions] = ModelOptions()
@@ -203,13 +203,13 @@ class Chat(Command):
 class Convert(Command):
     """Convert a model into a folder that loads quickly and stands alone."""
 
-    source: Annotated[Positional[str], _word("SOURCE")]
+    source: Annotated[Positional[str], word("SOURCE")]
     """A named model, a .gguf file, or a published folder with safetensors."""
 
-    folder: Annotated[Positional[str], _word("FOLDER")]
+    folder: Annotated[Positional[str], word("FOLDER")]
     """Where to write; it must not exist."""
 
-    dtype: Annotated[Dtype | None, _word("float32|bfloat16|float16")] = None
+    dtype: Annotated[Dtype | None, word("float32|bfloat16|float16")] = None
     """Of the weights; as stored by default (GGUF: float32)."""
 
     published: bool = False
@@ -220,13 +220,13 @@ class Convert(Command):
 class Info(Command):
     """Describe a model and the memory it needs, without loading it."""
 
-    model: Annotated[Positional[str], _word("MODEL")] = "smollm2-135m-instruct"
+    model: Annotated[Positional[str], word("MODEL")] = "smollm2-135m-instruct"
     """A named model, a .gguf file, or a folder."""
 
-    adapter: Annotated[str, _word("auto|none|FOLDER")] = "auto"
+    adapter: Annotated[str, word("auto|none|FOLDER")] = "auto"
     """The diffusion adapter: the one that ships with the model, none, or the one in a folder."""
 
-    dtype: Annotated[Dtype | None, _word("float32|bfloat16|float16")] = None
+    dtype: Annotated[Dtype | None, word("float32|bfloat16|float16")] = None
     """Of weights, cache and activations; as stored by default (GGUF: float32)."""
 
     batch: int = 1
@@ -235,7 +235,7 @@ class Info(Command):
     context: int = 2048
     """Tokens of a row in the cache."""
 
-    block_size: Annotated[int | None, _default("INT", "the model's, or 4")] = None
+    block_size: Annotated[int | None, default("INT", "the model's, or 4")] = None
     """Of block diffusion."""
 
     width: int = 2
@@ -257,7 +257,7 @@ class Recipes(Command):
     sets: Sets = ()
     """Options of the recipe."""
 
-    save: Annotated[str | None, _word("FOLDER")] = None
+    save: Annotated[str | None, word("FOLDER")] = None
     """Make it the recipe of the model in a folder (in its generation_config.json)."""
 
     json: bool = False
@@ -275,7 +275,7 @@ class Bench(Command):
     dllm-jax bench --out results/kernels-h200
     """
 
-    out: Annotated[Path, _word("PREFIX")]
+    out: Annotated[Path, word("PREFIX")]
     """Writes PREFIX.json and PREFIX.md as it goes, and PREFIX.png at the end."""
 
     minutes: float = 9.0
@@ -287,16 +287,16 @@ class Bench(Command):
     parts: tuple[Part, ...] = ("decode", "vocabulary", "training")
     """Block attention against a cache, statistics of the vocabulary, attention of sequences."""
 
-    also: Annotated[tuple[str, ...] | None, _word("IMPLEMENTATION ...")] = None
+    also: Annotated[tuple[str, ...] | None, word("IMPLEMENTATION ...")] = None
     """Implementations of ours besides the device's own; xla by default where there is another."""
 
-    without: Annotated[tuple[str, ...], _word("SIDE ...")] = ()
+    without: Annotated[tuple[str, ...], word("SIDE ...")] = ()
     """Sides to leave out, as the report names them: "torch flex" takes long to compile."""
 
-    dtype: Annotated[Dtype | None, _word("float32|bfloat16")] = None
+    dtype: Annotated[Dtype | None, word("float32|bfloat16")] = None
     """Of all arrays; bfloat16 by default, float32 on a CPU."""
 
-    title: Annotated[str, _word("TEXT")] = "The kernels, timed"
+    title: Annotated[str, word("TEXT")] = "The kernels, timed"
     """The first line of the report."""
 
     def check(self) -> None:
@@ -315,10 +315,10 @@ class Plan(Command):
     dllm-jax plan --model llada-8b --topology v5e:2x4 --batch 8 --context 4096
     """
 
-    model: Annotated[str, _word("MODEL")]
+    model: Annotated[str, word("MODEL")]
     """An architecture (llada-8b, llada2-flash-100b, ...), a named model, or a folder."""
 
-    topology: Annotated[str, _word("CHIP:SHAPE")]
+    topology: Annotated[str, word("CHIP:SHAPE")]
     """As in v5e:16x16, v6e:2x4, v5p:4x8x8, h100:8."""
 
     mode: Literal["decode", "prefill", "train"] = "decode"
@@ -330,25 +330,25 @@ class Plan(Command):
     context: int = 4096
     """Positions of a row: cached, prompted, or learnt from."""
 
-    block: Annotated[int | None, _default("INT", "the recipe's")] = None
+    block: Annotated[int | None, default("INT", "the recipe's")] = None
     """Positions that are denoised together."""
 
-    mesh: Annotated[str | None, _default("AXIS=N,...", "one that suits the model")] = None
+    mesh: Annotated[str | None, default("AXIS=N,...", "one that suits the model")] = None
     """Of data, fsdp, expert, context and tensor, as in data=2,tensor=4."""
 
-    recipe: Annotated[str | None, _default("NAME", "the model's own")] = None
+    recipe: Annotated[str | None, default("NAME", "the model's own")] = None
     """A recipe by its name, of those that `dllm-jax recipes` lists."""
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of activations, cache and weights; in training the weights are float32."""
 
-    cache_dtype: Annotated[str | None, _default("int8|bfloat16", "that of --dtype")] = None
+    cache_dtype: Annotated[str | None, default("int8|bfloat16", "that of --dtype")] = None
     """Of the cache; int8 has scales of each row and head."""
 
     accumulate: int = 1
     """Parts of a batch that are trained on one after the other, for the memory of one."""
 
-    tokens_per_forward: Annotated[float | None, _default("FLOAT", "as reported, or 1")] = None
+    tokens_per_forward: Annotated[float | None, default("FLOAT", "as reported, or 1")] = None
     """That a row writes in a pass."""
 
     effort: Literal["none", "low", "full"] = "low"
@@ -369,150 +369,6 @@ class Plan(Command):
         return None if self.mesh is None else mesh_sizes(self.mesh)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Data(Command):
-    """Make texts and conversations into a store of tokens, once, for training.
-
-    dllm-jax data --from "corpus/*.jsonl.gz" --tokenizer smollm2-135m-instruct --out runs/corpus
-
-    dllm-jax data --corpus classics --train-tokenizer 4096 --out runs/classics
-    """
-
-    out: Annotated[Path, _word("FOLDER")]
-    """Where to write; what is there of the same documents and settings is left as it is."""
-
-    files: Annotated[
-        tuple[str, ...],
-        tyro.conf.arg(name="from", metavar="PATH ...", help_behavior_hint="(default: none)"),
-    ] = ()
-    """Files, globs or folders: .txt, .md, .jsonl (also .gz), .parquet, .array_record; hf:NAME."""
-
-    corpus: Annotated[str | None, _word("NAME")] = None
-    """A corpus that a Python package carries, instead of files: classics."""
-
-    tokenizer: Annotated[str | None, _word("MODEL")] = None
-    """A named model, a .gguf file, or a folder with tokenizer.json."""
-
-    train_tokenizer: Annotated[int | None, _default("IDS", "none is trained")] = None
-    """Learn a vocabulary of so many ids from the documents, into <out>-tokenizer."""
-
-    kind: Literal["bpe", "char", "byte"] = "bpe"
-    """Of the vocabulary that is learnt."""
-
-    chat: bool = False
-    """Give the vocabulary that is learnt tokens and a template for conversations."""
-
-    heldout: float = 0.01
-    """About which share is held out, by a hash of the document: the split "heldout"."""
-
-    unit: Literal["file", "paragraph", "line"] = "file"
-    """What of a text file is one document."""
-
-    key: Annotated[str, _word("FIELD")] = "text"
-    """Of a record, the field that holds the text."""
-
-    form: Annotated[str | None, _default("text|jsonl|parquet|arrayrecord", "by the name")] = None
-    """How files are read."""
-
-    encoding: Annotated[str, _word("NAME")] = "utf-8"
-    """Of texts and JSON lines."""
-
-    learn: Literal["last", "every"] = "last"
-    """Which turns of the assistant are learnt, of conversations."""
-
-    strict: bool = False
-    """Stop at the first document that cannot be used, instead of counting it."""
-
-    overwrite: bool = False
-    """Replace a store of other documents or settings."""
-
-    json: bool = False
-    """Print what store.json holds."""
-
-    def check(self) -> None:
-        if bool(self.files) == (self.corpus is not None):
-            raise ValueError('name what to read: --from "corpus/*.txt", or --corpus classics')
-        if (self.tokenizer is None) == (self.train_tokenizer is None):
-            raise ValueError("give --tokenizer MODEL, or learn one with --train-tokenizer 4096")
-        if self.tokenizer is not None and (self.chat or self.kind != "bpe"):
-            raise ValueError("--kind and --chat are of a vocabulary that --train-tokenizer learns")
-        if not 0 <= self.heldout < 1:
-            raise ValueError(f"--heldout {self.heldout} is a share in [0, 1), as in 0.01")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Train(Command):
-    """Train a model as a file says. Every field of its config is an option; CONFIG.py --help lists
-    them.
-
-    dllm-jax train configs/sudoku.py --steps 2000
-    """
-
-    config: Annotated[Positional[str], _word("CONFIG.py[:NAME] [--FIELD VALUE ...]")]
-    """A Python file that exports `config`, a `pretraining.Train`; or another, by its name."""
-
-    fields: tyro.conf.Suppress[tuple[str, ...]] = ()
-    """What follows: see `with_fields`."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Adapt(Command):
-    """Turn an autoregressive model into a diffusion one as a file says: by an adapter that mask
-    tokens alone feel, by LoRA, or by training all of it.
-
-    dllm-jax adapt configs/adapt_smollm2.py:gpu --steps 3000
-    """
-
-    config: Annotated[Positional[str], _word("CONFIG.py[:NAME] [--FIELD VALUE ...]")]
-    """A Python file that exports `config`, an `adaptation.Adapt`; or another, by its name."""
-
-    fields: tyro.conf.Suppress[tuple[str, ...]] = ()
-    """What follows: see `with_fields`."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plot(Command):
-    """Draw the curves of one or several runs.
-
-    dllm-jax plot runs/a runs/b --figures loss heldout_loss+loss --smooth 50
-    """
-
-    runs: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN ...")]
-    """Folders of runs."""
-
-    out: Annotated[Path | None, _word("FILE.png")] = None
-    """Where to draw; <RUN>/loss.png of the first by default."""
-
-    figures: Annotated[tuple[str, ...], _default("NAME ...", "loss, held out, and drafts")] = ()
-    """Names in the metrics, a panel each; a+b in one, and * stands for anything."""
-
-    smooth: int = 1
-    """Draw the running mean of so many points."""
-
-    log_x: bool = False
-    """Steps on a logarithmic axis."""
-
-    log_y: bool = False
-    """Figures on logarithmic axes."""
-
-    def check(self) -> None:
-        if not self.runs:
-            raise ValueError("give the folder of a run, as in: dllm-jax plot runs/mine")
-        if self.smooth < 1:
-            raise ValueError(f"--smooth {self.smooth} must be at least 1")
-
-
-def with_fields(arguments: list[str]) -> Train | Adapt | None:
-    """The command of a line that names a file, whose config says what may follow; else None."""
-    kinds = {"train": Train, "adapt": Adapt}
-    if len(arguments) < 2 or arguments[0] not in kinds or arguments[1].startswith("-"):
-        return None
-    fields = tuple(word for word in arguments[2:] if word != "--debug")
-    return kinds[arguments[0]](
-        config=arguments[1], fields=fields, debug=len(fields) < len(arguments) - 2
-    )
-
-
 def mesh_sizes(text: str) -> dict[str, int]:
     """The sizes of a mesh's axes, "data=2,tensor=4".
 
@@ -526,18 +382,3 @@ def mesh_sizes(text: str) -> dict[str, int]:
             raise ValueError(f"--mesh {text}: {part!r} is no AXIS=N, as in tensor=4")
         found[axis.strip()] = int(size)
     return found
-
-
-AnyCommand = (
-    Annotated[Generate, tyro.conf.subcommand("generate")]
-    | Annotated[Chat, tyro.conf.subcommand("chat")]
-    | Annotated[Convert, tyro.conf.subcommand("convert")]
-    | Annotated[Info, tyro.conf.subcommand("info")]
-    | Annotated[Recipes, tyro.conf.subcommand("recipes")]
-    | Annotated[Bench, tyro.conf.subcommand("bench")]
-    | Annotated[Plan, tyro.conf.subcommand("plan")]
-    | Annotated[Data, tyro.conf.subcommand("data")]
-    | Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Adapt, tyro.conf.subcommand("adapt")]
-    | Annotated[Plot, tyro.conf.subcommand("plot")]
-)

@@ -13,12 +13,28 @@ import sys
 import warnings
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Annotated
 
 import tyro
 
 from dllm_jax.cli import INTERRUPTED
 from dllm_jax.cli.background import background, busy
-from dllm_jax.cli.options import AnyCommand, Command, with_fields
+from dllm_jax.cli.options import Bench, Chat, Command, Convert, Generate, Info, Plan, Recipes
+from dllm_jax.cli.training_options import Adapt, Data, Plot, Train, with_fields
+
+AnyCommand = (
+    Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Chat, tyro.conf.subcommand("chat")]
+    | Annotated[Convert, tyro.conf.subcommand("convert")]
+    | Annotated[Info, tyro.conf.subcommand("info")]
+    | Annotated[Recipes, tyro.conf.subcommand("recipes")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
+    | Annotated[Plan, tyro.conf.subcommand("plan")]
+    | Annotated[Data, tyro.conf.subcommand("data")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Adapt, tyro.conf.subcommand("adapt")]
+    | Annotated[Plot, tyro.conf.subcommand("plot")]
+)
 
 
 def program(argv: Sequence[str] | None) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 from dllm_jax.cli import terminal
 from dllm_jax.cli.background import background
-from dllm_jax.cli.options import Data
+from dllm_jax.cli.training_options import Data
 from dllm_jax.data import Documents, corpus, read, tokenise, train_tokenizer
 
 

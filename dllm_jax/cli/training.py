@@ -11,7 +11,7 @@ import tyro
 from dllm_jax import adaptation, distributed, pretraining, training
 from dllm_jax.bench import ceilings
 from dllm_jax.cli import terminal
-from dllm_jax.cli.options import Adapt, Plot, Train
+from dllm_jax.cli.training_options import Adapt, Plot, Train
 
 T = TypeVar("T")
 

@@ -1,6 +1,6 @@
 """Starts N processes of one run on this machine.
 
-    python scripts/launch/local.py 2 -- python scripts/adapt_smollm2.py cpu
+    python scripts/launch/local.py 2 -- dllm-jax adapt configs/adapt_smollm2.py:cpu
     python scripts/launch/local.py 4 --devices 2 -- python ...     # with two CPU devices each
     python scripts/launch/local.py 8 --gpu -- python ...           # with one GPU each
 

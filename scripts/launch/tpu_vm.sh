@@ -4,7 +4,7 @@
 #   ZONE=us-east5-b scripts/launch/tpu_vm.sh create my-pod v6e-64     # add QUEUED=1 to wait in line
 #   ZONE=us-east5-b scripts/launch/tpu_vm.sh setup my-pod             # copies and installs this tree
 #   ZONE=us-east5-b scripts/launch/tpu_vm.sh run my-pod -- \
-#       python scripts/adapt_smollm2.py tpu --run /tmp/run --data /tmp/data --checkpoints gs://B/run
+#       dllm-jax adapt configs/adapt_smollm2.py:tpu --run /tmp/run --data /tmp/data --checkpoints gs://B/run
 #   ZONE=us-east5-b scripts/launch/tpu_vm.sh stop my-pod              # saves and stops
 #   ZONE=us-east5-b scripts/launch/tpu_vm.sh delete my-pod
 #

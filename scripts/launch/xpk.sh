@@ -2,7 +2,7 @@
 # A run on a GKE cluster of TPU slices, by XPK (https://github.com/AI-Hypercomputer/xpk).
 #
 #   CLUSTER=my-cluster ZONE=us-east5-b IMAGE=$MY_IMAGE scripts/launch/xpk.sh my-run v6e-64 -- \
-#       python scripts/adapt_smollm2.py tpu --run /tmp/run --data /data --checkpoints gs://B/run
+#       dllm-jax adapt configs/adapt_smollm2.py:tpu --run /tmp/run --data /data --checkpoints gs://B/run
 #
 # Settings by variables: CLUSTER; ZONE; PROJECT; IMAGE, which holds this tree at /app, installed with
 # the extras `tpu` and `gcs`; SLICES (1); RESTARTS (10): a killed host restarts all of them, and the run goes on
