@@ -13,11 +13,12 @@ import pytest
 
 from dllm_jax import losses, recipes, sharding
 from dllm_jax.cache import KVCache, allocate, append
-from dllm_jax.corruption import MaskedBlocks
+from dllm_jax.corruption import MaskedBlocks, MaskNoise, MixedNoise
 from dllm_jax.decode import generate as decode
 from dllm_jax.decode.generate import generate, infill, stream
 from dllm_jax.decode.state import result
 from dllm_jax.likelihood import bound, log_likelihood
+from dllm_jax.nn.adapters import AdapterConfig
 from dllm_jax.nn.head import cross_entropy_of, logits_of, scores_of, stats_of
 from dllm_jax.nn.transformer import forward
 from dllm_jax.nn.tree import param_axes, param_shapes
@@ -298,6 +299,46 @@ def test_the_loss_and_its_gradient_on_a_mesh(name, sizes, explicit):
         return jax.value_and_grad(loss, has_aux=True)(params)
 
     mesh = make_mesh(**MESHES[sizes], explicit=explicit)
+    one = run(params, batch)
+    with jax.set_mesh(mesh):
+        other = run(on(mesh, model, params), batch)
+    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-4)
+
+
+WHOLE = dict(attention="bidirectional", alignment="same_position")
+BLOCKS = dict(attention="block_causal", block_size=4, alignment="shifted")
+OBJECTIVES = {
+    "masked": (WHOLE, losses.Diffusion(confidence_weight=0.5)),
+    "mixed": (WHOLE, losses.Diffusion(noise=MixedNoise())),
+    "blocks": (BLOCKS, losses.Diffusion(noise=MaskNoise(block_size=4), complementary=True)),
+    "documents": (BLOCKS, losses.Diffusion(noise=MaskNoise(block_size=4))),
+    "autoregressive": ({}, losses.Autoregressive()),
+    "distillation": (
+        WHOLE | dict(adapter=AdapterConfig(rank=2, gated=False)),
+        losses.Distillation(block_size=4),
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_and_its_gradient_on_a_mesh(name, explicit):
+    changes, objective = OBJECTIVES[name]
+    model, params = tiny(**{"adapter": False, "mask_id": 2, **changes})
+    tokens = np.random.default_rng(0).integers(3, 30, (8, 32)).astype(np.int32)
+    batch = {"tokens": tokens, "lengths": np.full(8, 30), "prompts": np.arange(8) + 2}
+    if name == "documents":
+        segments = np.repeat(np.arange(2, dtype=np.int32), 16)
+        batch |= {"segments": np.tile(segments, (8, 1)), "prompts": np.zeros(8, int)}
+
+    @jax.jit
+    def run(params, batch):
+        loss = lambda p: objective.loss(model, p, batch, jax.random.key(1))  # noqa: E731
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    mesh = make_mesh(data=2, fsdp=2, tensor=2, explicit=explicit)
     one = run(params, batch)
     with jax.set_mesh(mesh):
         other = run(on(mesh, model, params), batch)

@@ -26,7 +26,6 @@ from dllm_jax.corruption import (
 from dllm_jax.losses import Autoregressive, Diffusion, Distillation, least_variance
 from dllm_jax.nn.adapters import AdapterConfig
 from dllm_jax.nn.head import logits_of
-from dllm_jax.nn.tree import param_shapes
 from dllm_jax.testing import tiny
 from pallas_kernels import BlockMask
 
@@ -344,15 +343,11 @@ def test_noise_levels_are_spread_over_a_batch():
 @pytest.mark.parametrize("alignment", ["same_position", "shifted"])
 def test_distillation_is_its_definition(alignment: str):
     """Each row plainly: the teacher reads all, a block of the student what is before and itself."""
-    model, params = tiny(
-        vocab_size=V, adapter=False, attention="bidirectional", alignment=alignment, mask_id=MASK,
-        sharpness=5.0,
+    student, params = tiny(
+        vocab_size=V, adapter=AdapterConfig(rank=2, gated=False), attention="bidirectional",
+        alignment=alignment, mask_id=MASK, sharpness=5.0,
     )  # fmt: skip
-    config = dataclasses.replace(model.config, adapter=AdapterConfig(rank=2, gated=False))
-    keys = iter(jax.random.split(jax.random.key(7), 100))
-    shapes = param_shapes(config)["adapter"]
-    adapter = jax.tree.map(lambda x: 0.3 * jax.random.normal(next(keys), x.shape), shapes)
-    student, params = config.build(), {**params, "adapter": adapter}
+    model = dataclasses.replace(student.config, adapter=None).build()
     objective = Distillation(block_size=T, low=0.5, high=0.9)
     key = jax.random.key(1)
     loss, figures = cost(objective, student, params, BATCH, key)

@@ -11,9 +11,14 @@ from dllm_jax.typing import Params
 
 
 def tiny(
-    *, vocab_size: int = 32, seed: int = 0, sharpness: float = 20.0, adapter: bool = True, **changes
+    *,
+    vocab_size: int = 32,
+    seed: int = 0,
+    sharpness: float = 20.0,
+    adapter: bool | AdapterConfig = True,
+    **changes,
 ) -> tuple[Transformer, Params]:
-    """A two-layer model with grouped heads and, by default, an adapter that has an effect.
+    """A two-layer model with grouped heads and, by default, a gated adapter that has an effect.
 
     Args:
       sharpness: scales the head, so that greedy choices are not decided by rounding.
@@ -22,7 +27,7 @@ def tiny(
     fields: dict[str, Any] = dict(
         vocab_size=vocab_size, num_layers=2, dim=32, num_heads=4, num_kv_heads=2, head_dim=8,
         ffn_dim=48, max_length=512, tied_head=False, mask_id=vocab_size, eos_ids=(1,), pad_id=0,
-        adapter=AdapterConfig(rank=4) if adapter else None,
+        adapter=AdapterConfig(rank=4) if adapter is True else adapter or None,
     )  # fmt: skip
     config = TransformerConfig(**{**fields, **changes})
     model = Transformer(config)

@@ -85,7 +85,10 @@ def asked(config: pretraining.Train, run: Path, options: Options) -> dict[str, A
     }
     for number, (way, recipe) in enumerate(ways(config, task)):
         count = options.sweep if number else options.count
-        solved = tasks.solve(model, params, task, recipe=recipe, count=count, batch=options.batch)
+        solved = tasks.solve(
+            model, params, task, recipe=recipe, count=count, batch=options.batch,
+            key=jax.random.key(0),
+        )  # fmt: skip
         found["ways"][way] = {
             "count": count, "accuracy": solved.accuracy, "stderr": solved.stderr,
             "passes": solved.passes, "overhead": solved.overhead,
