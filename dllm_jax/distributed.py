@@ -86,6 +86,17 @@ def any_process(flag: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.array([flag]))))
 
 
+def fetched(tree: Any) -> Any:
+    """Arrays as NumPy's, whole on every process, wherever their parts lie; all take part."""
+
+    def one(x: Any) -> np.ndarray:
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            x = multihost_utils.process_allgather(x, tiled=True)
+        return np.asarray(x)
+
+    return jax.tree.map(one, tree)
+
+
 def wait(name: str) -> None:
     """Returns when every process has come here; the devices are not asked.
 

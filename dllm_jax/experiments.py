@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dllm_jax import recipes, training
+from dllm_jax import distributed, recipes, training
 from dllm_jax.corruption import MaskedBlocks, MaskNoise
 from dllm_jax.data import CorpusData
 from dllm_jax.likelihood import bound, log_likelihood
@@ -71,7 +71,7 @@ def modes(
         vocabulary.size, -(-max(task.length, whole.length) // block) * block + block, layers, dim,
         heads, mask_id=vocabulary.mask_id, pad_id=vocabulary.pad_id, eos_ids=(vocabulary.eos_id,),
     )  # fmt: skip
-    budget = _Budget(run, flops, batch, optimiser or OPTIMISER, fit)
+    budget = _Budget(run, flops, batch, optimiser, fit)
     marked = Diffusion(noise=MaskNoise(weighting="flat"), divide="learnt")
     in_blocks = Diffusion(
         noise=MaskNoise(block_size=block, weighting="flat"), divide="learnt",
@@ -144,7 +144,7 @@ def text_modes(
         pad_id=0,
         eos_ids=(2,),
     )
-    budget = _Budget(run, flops, batch, optimiser or OPTIMISER, fit)
+    budget = _Budget(run, flops, batch, optimiser, fit)
 
     def made(name: str, objective: Any, **changes: Any) -> Train:
         config = dataclasses.replace(backbone, **changes)
@@ -173,6 +173,7 @@ class Bits:
     """Bits a character of held-out rows, as a `pretraining.Evaluation`.
 
     Each row given its first token: exactly for a causal model, else the bound (`likelihood.bound`).
+    Characters are counted by the mean of the held-out store, `characters_per_token`.
     """
 
     data: Any
@@ -211,13 +212,13 @@ def bits_of(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Nats of rows of ids, each given its first: float64[R], and their standard errors.
 
-    Exact, with errors of 0, for a causal model without a mask token; else upper bounds.
+    Exact, with errors of 0, of what a causal model writes token after token; else upper bounds.
     """
     nats, errors, key = [], [], jax.random.key(seed)
     for first in range(0, len(rows), batch):
         part = rows[first : first + batch]
         given, rest = [row[:1] for row in part], [row[1:] for row in part]
-        if model.config.mask_id is None:
+        if model.config.attention == "causal" and model.config.alignment == "shifted":
             found = log_likelihood(model, params, given, rest, recipe=recipes.ar()).total
             spread = np.zeros(len(part))
         else:
@@ -225,12 +226,16 @@ def bits_of(
                 np.arange(first, first + len(part))
             )
             found, spread = bound(model, params, given, rest, key=keys, samples=samples)
-        nats.append(-np.asarray(found, np.float64))
-        errors.append(np.asarray(spread, np.float64))
+        found, spread = distributed.fetched((found, spread))
+        nats.append(-found.astype(np.float64))
+        errors.append(spread.astype(np.float64))
     return np.concatenate(nats), np.concatenate(errors)
 
 
-OPTIMISER = training.Optimiser(learning_rate=2e-3, warmup=200, b2=0.98, weight_decay=0.01)
+def _optimiser(steps: int) -> training.Optimiser:
+    return training.Optimiser(
+        learning_rate=2e-3, warmup=max(steps // 10, 1), b2=0.98, weight_decay=0.01
+    )
 
 
 def _backbone(
@@ -249,7 +254,7 @@ class _Budget(NamedTuple):
     folder: Path
     flops: float
     batch: int
-    optimiser: training.Optimiser
+    optimiser: training.Optimiser | None
     fit: dict[str, Any]
 
     def run(
@@ -259,13 +264,12 @@ class _Budget(NamedTuple):
         """A run of so many steps as the FLOPs are good for."""
         entries = objective.entries(self.batch, length)
         work = step_flops(model, model.tree(), entries=entries, length=length)
+        steps = max(round(self.flops / work), 1)
         settings: dict[str, Any] = {
-            "log_every": 20, "save_every": 250, "evaluate_every": 500, **self.fit
+            "log_every": 20, "save_every": 250, "evaluate_every": max(steps // 4, 1), **self.fit
         }  # fmt: skip
-        fit = training.Fit(
-            steps=max(round(self.flops / work), 1), batch=self.batch, length=length, **settings
-        )
+        fit = training.Fit(steps=steps, batch=self.batch, length=length, **settings)
         return Train(
             run=self.folder / name, data=data, model=model, objective=objective,
-            optimiser=self.optimiser, fit=fit, evaluations=evaluations,
+            optimiser=self.optimiser or _optimiser(steps), fit=fit, evaluations=evaluations,
         )  # fmt: skip

@@ -17,7 +17,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from tyro.conf import Fixed, OmitArgPrefixes
 
@@ -142,11 +141,12 @@ class Samples:
             model, params, [tokenizer.encode(prompt) for prompt in self.prompts],
             recipe=self.recipe, max_new_tokens=self.max_new_tokens, key=jax.random.key(self.seed),
         )  # fmt: skip
-        rows = zip(np.asarray(found.tokens), np.asarray(found.lengths), strict=True)
+        tokens, lengths, passes = distributed.fetched((found.tokens, found.lengths, found.nfe))
+        rows = zip(tokens, lengths, strict=True)
         texts = [tokenizer.decode(row[:length].tolist()) for row, length in rows]
         return {
             "texts": [a + b for a, b in zip(self.prompts, texts, strict=True)],
-            "passes": float(np.mean(np.asarray(found.nfe))),
+            "passes": float(passes.mean()),
         }
 
 

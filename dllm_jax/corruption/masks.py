@@ -48,10 +48,10 @@ class MaskNoise:
     def __post_init__(self):
         if self.weighting not in WEIGHTINGS:
             raise ValueError(f"weighting={self.weighting!r} is neither bound nor flat")
-        if self.counts == "exact" and self.schedule != Linear():
-            raise ValueError('another schedule needs counts="independent": exact counts have none')
         if self.counts not in ("exact", "independent"):
             raise ValueError(f"counts={self.counts!r} is neither exact nor independent")
+        if self.counts == "exact" and self.schedule != Linear():
+            raise ValueError('another schedule needs counts="independent": exact counts have none')
         if self.block_size < 0:
             raise ValueError(f"block_size={self.block_size} must be positive, or 0 for all")
         if not all(isinstance(x, int | float) for x in (self.beta, self.omega)):
@@ -109,8 +109,17 @@ class MaskNoise:
     ) -> NoisyText:
         """The sample in which just the other scored tokens are masked (Fast-dLLM v2, 2509.26328).
 
-        With a linear schedule that is a sample of the noise too, at the time 1 - t.
+        Of flat weights; or of the bound's, where it is a sample of the noise too, at 1 - p.
+
+        Raises:
+          ValueError: it is none.
         """
+        even = self.schedule == Linear() and self.beta + self.omega == 1
+        if self.weighting == "bound" and not (self.counts == "independent" and even):
+            raise ValueError(
+                f'the complement is no sample of {self}: give weighting="flat", or'
+                ' counts="independent" with a linear schedule and beta + omega = 1'
+            )
         fold = lambda x: x.reshape(tokens.shape)  # noqa: E731
         masked = scored & (fold(noisy.weights) == 0)
         times = 1 - fold(noisy.times)[..., 0]

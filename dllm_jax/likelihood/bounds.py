@@ -117,6 +117,14 @@ def _fitting(config, noise: Noise | None) -> Noise:
             size = _CAUSAL_BLOCK
         noise = kind(block_size=size)
     check(config, noise)
+    if noise.weighting != "bound" or getattr(noise, "clamp", 0):
+        raise ValueError(f"{noise} is an objective, and no bound: leave its weights as they are")
+    if isinstance(noise, MaskNoise) and noise.block_size != 1:
+        ends = noise.beta, noise.omega
+        if all(isinstance(x, int | float) for x in ends) and ends != (0, 1):
+            raise ValueError(
+                f"the clipped schedule {ends} is an objective, and no bound, but in blocks of one"
+            )
     return noise
 
 

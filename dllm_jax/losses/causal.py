@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dllm_jax.losses.objective import Drawn, answers
+from dllm_jax.losses.objective import Drawn, answers, check_packed
 from dllm_jax.nn.head import cross_entropy_of
 from dllm_jax.nn.transformer import forward
 from dllm_jax.sharding import automatic, placed
@@ -50,7 +50,7 @@ class Autoregressive:
         """The loss and the figures; of a part of a batch, what it adds to those of the whole."""
         batch, total = drawn.rows, drawn.totals["learnt"]
         tokens, learnt = batch["tokens"], answers(batch)
-        packed = {"segments": batch["segments"]} if "segments" in batch else {}
+        packed = {"segments": batch["segments"]} if check_packed(model, batch) else {}
         out = forward(
             model, params, tokens, mask=BlockMask.causal(tokens.shape[1]),
             lengths=batch["lengths"], canvas=False, **packed,

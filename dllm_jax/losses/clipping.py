@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dllm_jax.corruption import MaskNoise
@@ -32,8 +33,8 @@ def least_variance(
     """The objective with the interval of noise whose loss varies least, and all their variances.
 
     What a step's gradient suffers from is the variance of its loss, and the best interval differs
-    by block size (Arriola et al. 2025, 2503.09573, section 5.3): so it is looked for now and then
-    while training goes on.
+    by block size (Arriola et al. 2025, 2503.09573, section 5.3): look for it now and then, and go
+    on with what is found.
 
     Args:
       batches: as many as the variance is to be told from; every interval is tried on all of them.
@@ -45,21 +46,23 @@ def least_variance(
     noise = objective.noise
     if not isinstance(noise, MaskNoise) or noise.counts != "independent":
         raise ValueError(f'an interval is of MaskNoise(counts="independent"), not of {noise}')
-    tried = [
-        dataclasses.replace(objective, noise=dataclasses.replace(noise, beta=low, omega=high))
-        for low, high in intervals
-    ]
+    ends = jnp.array(intervals, jnp.float32)  # numbers of one program
     losses = [
-        [float(_loss(own, model, params, batch, jax.random.fold_in(key, i))) for own in tried]
+        [float(_loss(objective, model, params, batch, jax.random.fold_in(key, i), x)) for x in ends]
         for i, batch in enumerate(batches)
     ]
     if len(losses) < 2:
         raise ValueError(f"{len(losses)} batches have no variance: give at least two")
     spread = np.var(losses, axis=0, ddof=1)
     variances = {interval: float(x) for interval, x in zip(intervals, spread, strict=True)}
-    return tried[int(spread.argmin())], variances
+    low, high = intervals[int(spread.argmin())]
+    best = dataclasses.replace(noise, beta=low, omega=high)
+    return dataclasses.replace(objective, noise=best), variances
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _loss(objective: Diffusion, model: Any, params: Params, batch, key: Key) -> jax.Array:
-    return objective.loss(model, params, batch, key)[1]["diffusion"]
+def _loss(objective: Diffusion, model: Any, params: Params, batch, key: Key, ends) -> jax.Array:
+    assert isinstance(objective.noise, MaskNoise)
+    noise = dataclasses.replace(objective.noise, beta=ends[0], omega=ends[1])
+    own = dataclasses.replace(objective, noise=noise)
+    return own.loss(model, params, batch, key)[1]["diffusion"]

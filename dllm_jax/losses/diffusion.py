@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from dllm_jax.corruption import MaskNoise, Noise, NoisyText, UniformNoise
+from dllm_jax.corruption import MaskNoise, MixedNoise, Noise, NoisyText, UniformNoise
 from dllm_jax.losses import views
-from dllm_jax.losses.objective import Drawn, answers, follows, learnable
+from dllm_jax.losses.objective import Drawn, answers, check_packed, follows, learnable
 from dllm_jax.nn.head import cross_entropy_of, mask_in_vocabulary, over_vocabulary, stats_of
-from dllm_jax.nn.transformer import Transformer, forward
+from dllm_jax.nn.transformer import forward
 from dllm_jax.sharding import automatic, placed
 from dllm_jax.typing import Key, Params
 from pallas_kernels import BlockMask
@@ -24,6 +24,7 @@ class Rows(NamedTuple):
 
     batch: dict[str, jax.Array]
     index: jax.Array  # int32[B, Q]: positions of the entries
+    scored: jax.Array  # bool[B, Q]: to be learnt
     noisy: NoisyText  # arrays [B, N, Q]: N samples
     share: jax.Array  # float32[B]: of each row's nats in the loss
     conditioned: jax.Array  # bool[B]: rows that are told what a first pass expects
@@ -49,15 +50,15 @@ class Diffusion:
     * a bidirectional model restores all of it at once (`noise.block_size` 0: LLaDA, MDLM, MD4);
     * a block-causal or causal one restores all blocks in one pass, each behind the clean blocks
       before it (BD3-LM, 2503.09573, equation 8; SDAR; LLaDA2; shifted: Fast-dLLM v2). Blocks begin
-      at multiples of their size in the first, where the answer does in the second; they are of the
-      noise's size, which a curriculum may change, in the clean text too.
+      at multiples of their size in the first, where the answer does in the second.
 
     The noise says what is restored and with which weights; with those of the bound and divisor
     "tokens" the loss is the negative evidence lower bound a token, of one sample (`bound`).
 
     Named settings: LLaDA's pretraining is `MaskNoise(counts="independent", beta=1e-3)` (2502.09992,
     equation 3; with `predict_mask`), its fine-tuning the same with divisor "rows" (equation 5: a
-    row's loss over its answer's length); MDLM and MD4 the same with other schedules; BD3-LM
+    row's loss over its answer's length); MDLM `MaskNoise(counts="independent")`, MD4 with a
+    schedule; BD3-LM
     `MaskNoise(block_size=4, counts="independent", beta=0.3, omega=0.8)`; LLaDA2's fine-tuning that
     with `weighting="flat"` and divisor "learnt"; Fast-dLLM v2 besides `complementary`; GIDD
     `MixedNoise()`; DiffusionGemma `UniformNoise(block_size=256, weighting="flat")` with
@@ -85,6 +86,15 @@ class Diffusion:
             raise ValueError(f"divide={self.divide!r} is none of tokens, rows, learnt")
         if self.complementary and not isinstance(self.noise, MaskNoise):
             raise ValueError("complementary=True is of masks: give a MaskNoise")
+        for name in ("ar_weight", "confidence_weight", "longest"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if not 0 <= self.self_conditioning <= 1:
+            raise ValueError(f"self_conditioning={self.self_conditioning} is a share of rows")
+        if (self.self_conditioning or self.longest) and not self.noise.block_size:
+            raise ValueError("self_conditioning and longest are of noise in blocks")
+        if self.predict_mask and (self.confidence_weight or not self.noise.cross_entropy):
+            raise ValueError("predict_mask=True is of the cross-entropy alone")
         if self.ar_weight and not self.noise.block_size:
             raise ValueError(
                 f"ar_weight={self.ar_weight} needs a clean text beside the noisy one: give the"
@@ -119,7 +129,7 @@ class Diffusion:
 
     def draw(self, model: Any, batch: dict[str, jax.Array], key: Key) -> Drawn:
         """The noise of a batch, with the batch: what `score` takes, whole or in parts."""
-        check(model.config, self.noise)
+        self._check(model, batch)
         entries = self._entries(model.config, batch)
         rows, count, _ = shape = entries.tokens.shape
 
@@ -167,7 +177,8 @@ class Diffusion:
             totals["scored"] = jnp.maximum(answers(batch).sum(), 1)
         if conditioned is None:
             conditioned = jnp.zeros(rows, bool)
-        return Drawn(Rows(batch, entries.index, noisy, share, conditioned), totals)
+        scored = entries.scored.reshape(rows, -1)
+        return Drawn(Rows(batch, entries.index, scored, noisy, share, conditioned), totals)
 
     def _entries(self, config: Any, batch: dict[str, jax.Array]) -> "_Entries":
         """What is noised of a batch, in blocks."""
@@ -194,7 +205,7 @@ class Diffusion:
         self, model: Any, params: Params, drawn: Drawn
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         """The loss and the figures; of a part of a batch, what it adds to those of the whole."""
-        (batch, index, noisy, share, _), totals = drawn
+        (batch, index, scored, noisy, share, _), totals = drawn
         tokens, shown = batch["tokens"], noisy.tokens.shape
         hidden, clean = self._read(model, params, drawn.rows)
         inside = jnp.minimum(index, tokens.shape[1] - 1)
@@ -209,7 +220,7 @@ class Diffusion:
         figures = {
             "diffusion": diffusion,
             "accuracy": right.sum() / totals["learnt"],
-            "tokens": learnable(batch).sum().astype(jnp.float32),
+            "tokens": scored.sum().astype(jnp.float32),
         }
         for i, here in enumerate(_by_level(noisy)):
             figures[f"level_{i}"] = jnp.where(here, nats, 0.0).sum() / totals["levels"][i]
@@ -223,6 +234,32 @@ class Diffusion:
             figures["ar"] = (ar * answers(batch)).sum() / totals["scored"]
             loss = loss + self.ar_weight * figures["ar"]
         return loss, figures
+
+    def _check(self, model: Any, batch: dict[str, jax.Array]) -> None:
+        """Raises ValueError where the objective is not for a model, or for rows like these."""
+        check(model.config, self.noise)
+        packed, size = check_packed(model, batch), self.noise.block_size
+        if packed and size and batch["tokens"].shape[1] % size:
+            raise ValueError(
+                f"rows of several documents must be whole blocks: {batch['tokens'].shape[1]} tokens"
+                f" are no multiple of block_size={size}"
+            )
+        blocks = getattr(model.config, "block_size", size)
+        if model.config.attention == "block_causal" and size != blocks:
+            raise ValueError(
+                f"the noise has block_size={size}, and the model's attention {blocks}, by which it"
+                " will be decoded: they must be the same"
+            )
+        if self.ar_weight and model.config.attention != "causal":
+            raise ValueError(
+                f"ar_weight={self.ar_weight}: an autoregressive loss is of a causal model; this"
+                f" one's clean text is read {model.config.attention}"
+            )
+        if self.self_conditioning and (packed or not hasattr(model, "soft_embed")):
+            raise ValueError(
+                f"self_conditioning={self.self_conditioning}: a {type(model).__name__} cannot be"
+                " told what a pass before expected, nor can rows of several documents"
+            )
 
     def _span(self, length: int) -> int:
         """Noisy entries of a row: whole blocks, one more where an answer begins within one."""
@@ -246,14 +283,7 @@ class Diffusion:
         noisy = jnp.moveaxis(rows.noisy.tokens, 1, 0)
         tokens, lengths = batch["tokens"], batch["lengths"]
         packed = "segments" in batch
-        if packed and not isinstance(model, Transformer):
-            raise ValueError("rows of several documents are for models of the Llama line")
         if size and packed:
-            if tokens.shape[1] % size:
-                raise ValueError(
-                    f"rows of several documents must be whole blocks: {tokens.shape[1]} tokens are"
-                    f" no multiple of block_size={size}"
-                )
             hidden, clean = views.packed(model, params, noisy, batch, size)
         elif size:
             seen = size if model.config.attention == "block_causal" else 1
@@ -275,11 +305,6 @@ class Diffusion:
         """What is read, some rows with what a first read expects beside the noise."""
         if not self.self_conditioning:
             return read()
-        if not hasattr(model, "soft_embed"):
-            raise ValueError(
-                f"self_conditioning={self.self_conditioning}: a {type(model).__name__} cannot be"
-                " told what a pass before expected"
-            )
         first = jax.lax.stop_gradient(read())  # [1, B, Q, D]
         mean = stats_of(model, jax.lax.stop_gradient(params), first[0], soft="exact").soft
         carry = model.apply({"params": params}, mean, method="soft_embed")
@@ -310,6 +335,11 @@ def check(config: Any, noise: Noise) -> None:
         raise ValueError(
             f"this model has no mask token: mask_id={config.mask_id} has no embedding; load it with"
             " a diffusion adapter, set it within the vocabulary, or use it autoregressively"
+        )
+    if isinstance(noise, MixedNoise) and config.mask_id >= config.vocab_size:
+        raise ValueError(
+            f"{noise} needs a mask token within the vocabulary: mask_id={config.mask_id} of"
+            f" {config.vocab_size} ids is outside"
         )
     if (config.attention == "bidirectional") == bool(noise.block_size):
         raise ValueError(

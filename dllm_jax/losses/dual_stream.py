@@ -71,6 +71,12 @@ class DualStream:
         tokens, lengths, mask_id = batch["tokens"], batch["lengths"], model.config.mask_id
         if mask_id is None:
             raise ValueError("the model has no mask token to train; set mask_id in its config")
+        if model.config.attention != "causal":
+            raise ValueError(
+                f"the dual stream is for causal models; this one is {model.config.attention}"
+            )
+        if "segments" in batch or "given" in batch:
+            raise ValueError("one text a row here, whose given tokens are its prompt")
         noisy = self.noise.draw(key, tokens, lengths, batch["prompts"], mask_id)
         totals = {
             "learnt": jnp.maximum(noisy.weights.sum(), 1.0),

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
+from dllm_jax.nn.transformer import Transformer
 from dllm_jax.typing import Key, Params
 
 
@@ -45,6 +46,16 @@ def follows(batch: dict[str, jax.Array]) -> Bool[Array, "B L"]:
         return jnp.broadcast_to(index > 0, batch["tokens"].shape)
     segments = batch["segments"]
     return (index > 0) & (segments == jnp.roll(segments, 1, axis=1))
+
+
+def check_packed(model: Any, batch: dict[str, jax.Array]) -> bool:
+    """Whether rows hold several documents; ValueError where the model cannot tell them apart."""
+    if "segments" in batch and not isinstance(model, Transformer):
+        raise ValueError(
+            f"rows of several documents are for models of the Llama line, not for a"
+            f" {type(model).__name__}"
+        )
+    return "segments" in batch
 
 
 def answers(batch: dict[str, jax.Array]) -> Bool[Array, "B M"]:

@@ -47,14 +47,15 @@ class Part(NamedTuple):
 def parameters(config: Any) -> Parameters:
     """Of any architecture, exactly.
 
-    Embeddings that are looked up count as active only where they are the output projection too.
+    What is looked up is not active: positions, and embeddings but where they are the output
+    projection too.
     """
     total = active = 0
     share = _share_of_experts(config)
     tied = "head" not in config.tree()
     for part in parts(config, {}):
         total += part.held
-        if part.path[0] != "embed" or tied:
+        if part.path[0] != "positions" and (part.path[0] != "embed" or tied):
             active += round(part.held * (share if part.is_expert else 1))
     return Parameters(total, active)
 

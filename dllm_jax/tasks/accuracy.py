@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dllm_jax import distributed
 from dllm_jax.data.rows import Row
 from dllm_jax.decode.generate import generate, infill
 from dllm_jax.recipes import Recipe
@@ -106,9 +107,9 @@ def _answered(
             model, params, [prompt.tolist() for prompt in prompts], recipe=recipe,
             max_new_tokens=task.answer_length, key=keys,
         )  # fmt: skip
-        tokens = np.asarray(result.lengths).tolist()
-    written, lengths, passes, queries = (
-        np.asarray(x) for x in (result.tokens, result.lengths, result.nfe, result.queries)
+        tokens = distributed.fetched(result.lengths).tolist()
+    written, lengths, passes, queries = distributed.fetched(
+        (result.tokens, result.lengths, result.nfe, result.queries)
     )
     return [
         Answer(

@@ -78,6 +78,7 @@ class Fit:
     """Many processes look for signals, and at the clock, at logged steps only. To stop at a spike,
     every step is looked at."""
     evaluate_every: int = 100
+    """And at the last step; 0: never."""
     peak_flops: float | None = None
     """FLOP/s of one device at most; given, the metrics tell the share that is used (mfu)."""
     report: tuple[str, ...] = ()
@@ -131,6 +132,10 @@ def fit(
       Spike: a step was not applied, and `config.on_spike` is stop.
       ModuleNotFoundError: what `config.report` names is not installed.
     """
+    if config.length > model.config.max_length:
+        raise ValueError(
+            f"length={config.length} is more than the model's max_length={model.config.max_length}"
+        )
     run.mkdir(parents=True, exist_ok=True)
     mesh = training_mesh(params)
     feed = Feed(config.batch, mesh, rules, parts=config.accumulate)
@@ -198,7 +203,8 @@ def fit(
                     found = meter.look()
                     write(done, found)
                     show(done, found)
-                if asked and config.evaluate_every and done % config.evaluate_every == 0:
+                due = done == config.steps or done % (config.evaluate_every or 1) == 0
+                if asked and config.evaluate_every and due:
                     with meter.pause():
                         whole = {**params, **trained(state)}
                         for name, ask in asked.items():

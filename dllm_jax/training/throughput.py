@@ -69,8 +69,9 @@ def step_flops(config: Any, names: Iterable[str], *, entries: float, length: int
     """Model FLOPs of a training step that computes so many entries, in rows of `length`.
 
     2 N forward and 2 N backward for the N parameters that an entry is multiplied by, 2 N more for
-    those that are trained, and the products of attention (of causal attention the lower half).
-    What is computed a second time to save memory is not counted.
+    those that are trained, and the products of attention: of causal attention the lower half, and
+    of block-causal attention half a block more. What is computed a second time to save memory is
+    not counted.
 
     Args:
       names: the top-level parameters that are trained.
@@ -78,12 +79,13 @@ def step_flops(config: Any, names: Iterable[str], *, entries: float, length: int
     share, tied = touched(config, 1), "head" not in config.tree()
     active = trained = 0.0
     for part in parts(config, {}):
-        if part.path[0] == "embed" and not tied:
-            continue
+        if part.path[0] == "positions" or (part.path[0] == "embed" and not tied):
+            continue  # looked up
         held = part.held * (share if part.is_expert else 1)
         active += held
         trained += held * (part.path[0] in names)
-    seen = length / 2 if getattr(config, "attention", None) == "causal" else length
+    block = {"causal": 1, "block_causal": getattr(config, "block_size", 1)}
+    seen = min((length + block.get(config.attention, length)) / 2, length)
     pairs = sum(
         kind.layers * kind.heads * kind.size * (min(seen, kind.window) if kind.window else seen)
         for kind in attentions(config, {})
