@@ -30,6 +30,7 @@ from dllm_jax import distributed
 from dllm_jax.data import Source, batches
 from dllm_jax.losses import Objective
 from dllm_jax.sharding import EVERY, Rules, scope
+from dllm_jax.sources import absolute
 from dllm_jax.training import checkpoints, curves, records
 from dllm_jax.training.feed import Feed, training_mesh
 from dllm_jax.training.reports import reports
@@ -156,7 +157,7 @@ def fit(
     budget = float("inf") if config.minutes is None else 60 * config.minutes
     deadline = time.monotonic() + budget
     numbers = {"seed": config.seed, **shape, "rows": len(source)}
-    folder = config.checkpoints or run / "checkpoints"
+    folder = absolute(config.checkpoints or run / "checkpoints")
     first, alone = distributed.is_first(), jax.process_count() == 1
     watch = Watch(run, key)
     meter = Meter(*_rates(config, model, objective, state, 1 if mesh is None else mesh.size))
@@ -257,7 +258,7 @@ def _samples(run: Path, done: int, evaluations: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _saver(folder: Path | str, config: Fit) -> Iterator[checkpoints.Saver]:
+def _saver(folder: checkpoints.PathLike, config: Fit) -> Iterator[checkpoints.Saver]:
     saver = checkpoints.Saver(folder, keep=config.keep, keep_every=config.keep_every)
     try:
         yield saver
@@ -273,7 +274,7 @@ def _save(saver: checkpoints.Saver, step: int, state: TrainState, position, numb
     saver.save(step, _as_dict(state), {"data": position, "numbers": numbers})
 
 
-def _restore(folder: Path | str, state: TrainState, data, numbers: dict[str, int]) -> TrainState:
+def _restore(folder: checkpoints.PathLike, state: TrainState, data, numbers: dict[str, int]) -> TrainState:
     """The newest readable checkpoint, with `data` set to its position; else the given state."""
     target = jax.tree.map(checkpoints.target_of, _as_dict(state))
     checkpoints.check_shared(folder)
