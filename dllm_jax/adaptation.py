@@ -312,7 +312,10 @@ def _meta(config: Adapt, step: int, rows: int, answers: int | None) -> dict[str,
     for until, size in _phases(config):
         blocks = config.noise.blocks * (size or config.noise.block_size)
         seen, begun = seen + max(min(until, step) - begun, 0) * blocks * config.batch, until
-    size, own = _size_at(config, step), _block_size(config.objective or DualStream(config.noise))
+    size, own = (
+        _size_at(config, step),
+        _block_size(config.objective or DualStream(noise=config.noise)),
+    )
     return {
         "base": config.model,
         "steps": before["steps"] + step,
