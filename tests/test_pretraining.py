@@ -179,7 +179,8 @@ def test_configs_load():
     for path in CONFIGS.glob("*.py"):
         text = path.read_text()
         kind = Adapt if "Adapt(" in text else pretraining.Train
-        load_config(str(path), kind)
+        only = ":addition" if path.stem == "tasks" else ""  # one of many, none of them the first
+        load_config(f"{path}{only}", kind)
     for name in ("cpu", "gpu", "tpu"):
         assert load_config(f"{CONFIGS / 'adapt_smollm2.py'}:{name}", Adapt).run.name.endswith(name)
 
