@@ -8,8 +8,9 @@ import shutil
 import numpy as np
 import pytest
 
-from dllm_jax.data import BrokenDocument, Source, Store, batches, read, store, tokenise
+from dllm_jax.data import BrokenDocument, Source, Store, StoreData, batches, read, store, tokenise
 from dllm_jax.data import train_tokenizer as train
+from dllm_jax.pretraining import sources
 from dllm_jax.sources import Damaged
 from dllm_jax.tokenizer import Tokenizer
 
@@ -204,6 +205,9 @@ def test_files_are_tokenised_once(tmp_path, tokenizer, monkeypatch):
     with pytest.raises(BrokenDocument):
         tokenise(read(file, strict=True), tokenizer, tmp_path / "t")
     assert not (tmp_path / "t").exists()
+    tokenise(read(file), tokenizer, tmp_path / "t")
+    with pytest.raises(BrokenDocument, match=r"some\.jsonl:2: not valid JSON; without strict"):
+        tokenise(read(file, strict=True), tokenizer, tmp_path / "t")  # it is there already
 
 
 def test_a_crash_leaves_no_store(tmp_path, tokenizer, monkeypatch):
@@ -279,3 +283,45 @@ def test_a_store_that_is_not_whole_is_refused(tmp_path, tokenizer):
     (tmp_path / "bad" / "store.json").write_text(json.dumps({**facts, "version": 99}))
     with pytest.raises(Damaged, match="version 99"):
         Store(tmp_path / "bad")
+
+
+@pytest.mark.parametrize(
+    "name", ["train.bin", "train.given", "train.npy", "heldout.bin", "tokenizer/tokenizer.json"]
+)
+def test_a_store_that_is_not_whole_is_made_anew(tmp_path, tokenizer, name):
+    def make():
+        return tokenise(TEXTS, tokenizer, tmp_path / "s", heldout=0.5, learn="every")
+
+    facts, file = make(), tmp_path / "s" / name
+    content = file.read_bytes()
+    if file.parent.name == "s":
+        file.write_bytes(content[:-1])
+        assert make() == facts
+        assert file.read_bytes() == content
+    file.unlink()
+    assert make() == facts
+    assert file.read_bytes() == content
+
+
+def test_a_store_whose_facts_are_damaged_gives_way(tmp_path, tokenizer):
+    facts = tokenise(TEXTS, tokenizer, tmp_path / "s")
+    (tmp_path / "s" / "store.json").write_text("{")
+    with pytest.raises(Damaged, match=r"not valid JSON .* or overwrite it \(overwrite=True"):
+        tokenise(TEXTS, tokenizer, tmp_path / "s")
+    assert tokenise(TEXTS, tokenizer, tmp_path / "s", overwrite=True) == facts
+    assert Store(tmp_path / "s").facts == facts
+
+
+def test_a_split_without_documents_is_none(tmp_path, tokenizer):
+    facts = tokenise(TEXTS[:2], tokenizer, tmp_path / "s", heldout=1e-9)
+    assert facts["splits"]["heldout"]["documents"] == 0
+    with pytest.raises(
+        FileNotFoundError, match=r"'heldout' of .* has no document: hold out a larger"
+    ):
+        Store(tmp_path / "s", "heldout")
+    train, heldout = sources(StoreData(folder=tmp_path / "s", length=8))
+    assert len(train) > 0
+    assert heldout is None
+    written = (tmp_path / "s" / "store.json").stat().st_mtime_ns
+    assert tokenise(TEXTS[:2], tokenizer, tmp_path / "s", heldout=1e-9) == facts
+    assert written == (tmp_path / "s" / "store.json").stat().st_mtime_ns  # it is whole
