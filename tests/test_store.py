@@ -1,5 +1,7 @@
 """Documents as tokens on disk: written once, opened as rows, refused when they are not whole."""
 
+import datetime
+import decimal
 import json
 import os
 import pickle
@@ -10,6 +12,7 @@ import pytest
 
 from dllm_jax.data import BrokenDocument, Source, Store, StoreData, batches, read, store, tokenise
 from dllm_jax.data import train_tokenizer as train
+from dllm_jax.data.documents import Document, key
 from dllm_jax.pretraining import sources
 from dllm_jax.sources import Damaged
 from dllm_jax.tokenizer import Tokenizer
@@ -152,6 +155,31 @@ def test_what_the_template_does_not_take_is_counted(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="no chat template"):
         tokenise([TALK], base, tmp_path / "t")
     assert not (tmp_path / "t").exists()
+
+
+def test_messages_with_values_that_json_lacks(tmp_path, tokenizer):
+    import dataclasses
+
+    date = datetime.datetime(2024, 2, 3, 4, 5)
+    dated = [{**message, "at": date, "cost": decimal.Decimal("0.1")} for message in TALK]
+    itself: dict = turn("assistant", "A")
+    itself["itself"] = itself
+    odd = [[{**TALK[1], "tags": {1}}], [{**TALK[1], 3: "c"}], [{**TALK[1], (1, 2): "d"}], [itself]]
+    facts = tokenise([dated, *odd], tokenizer, tmp_path / "s", heldout=1e-9)
+    assert facts["report"]["troubles"] == {
+        "a message holds what JSON cannot write": {
+            "count": 4, "places": ["item 1", "item 2", "item 3"]
+        }
+    }  # fmt: skip
+    assert len(Store(tmp_path / "s")) == 1
+    later = [{**message, "at": date + datetime.timedelta(1)} for message in dated]
+    assert key(Document(messages=tuple(dated))) != key(Document(messages=tuple(later)))
+    shown = dataclasses.replace(
+        tokenizer, template="{% for m in messages %}{{ m|tojson }}{% endfor %}"
+    )
+    facts = tokenise([dated, TALK[:2]], shown, tmp_path / "t")
+    (kind,) = facts["report"]["troubles"]
+    assert kind.startswith("the chat template refuses these messages: Object of type datetime")
 
 
 def test_a_template_without_an_end_gets_one(tmp_path, tokenizer):
