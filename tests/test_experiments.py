@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dllm_jax import pretraining, tasks
+from dllm_jax import pretraining, tasks, training
 from dllm_jax.data import CorpusData, Row
 from dllm_jax.experiments import Bits, modes, text_modes
 from dllm_jax.likelihood import bound
@@ -104,3 +107,26 @@ def test_sudoku_is_learnt(tmp_path):
     model, params = pretraining.train(run)
     (asked,) = run.evaluations.values()
     assert asked(model, params, 0)["accuracy"] > 0.9
+
+
+@pytest.mark.slow
+def test_two_processes_ask_together(tmp_path):
+    """What is decoded on the way lies on both; the run of one process asks the same."""
+    root, found = Path(__file__).parents[1], []
+    for count in (1, 2):
+        run = tmp_path / str(count)
+        command = [sys.executable, "-m", "dllm_jax", "train", "tests/toy_config.py", "--run", run]
+        if count > 1:
+            launcher = [sys.executable, "scripts/launch/local.py", str(count), "--"]
+            command = [*launcher, *command]
+        environ = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root), "XLA_FLAGS": ""}
+        subprocess.run(command, cwd=root, check=True, env=environ, timeout=500)
+        found.append(
+            [
+                row
+                for row in training.read_metrics(run / "metrics.jsonl")
+                if "addition_passes" in row
+            ]
+        )
+    assert [row["step"] for row in found[0]] == [2, 3]
+    assert found[0] == found[1]

@@ -496,9 +496,9 @@ def test_neither_neighbours_nor_chunks_change_an_estimate(which: str):
 
 def test_numbers_and_lengths_of_a_bucket_share_a_program():
     _values.clear_cache()
-    estimate = partial(bound, *CANVAS, samples=4)
+    estimate = partial(bound, *ADAPTED, samples=4)
     for beta, row in ((0.0, [2]), (0.25, [2, 0, 1]), (0.5, [1] * 6)):
-        noise = MaskNoise(counts="independent", beta=beta, omega=0.75)
+        noise = MaskNoise(block_size=1, counts="independent", beta=beta, omega=0.75)
         estimate([row], [[1, 2]], key=jax.random.key(0), noise=noise)
     assert _values._cache_size() == 1
 
@@ -516,6 +516,8 @@ def test_bad_bounds_are_told_so():
     refused("is not for this model", noise=UniformNoise())
     refused("is not for this model", UNIFORM, noise=MaskNoise())
     refused("no mask token", tiny(adapter=False), noise=MaskNoise(block_size=2))
+    refused("is an objective", noise=MaskNoise(weighting="flat"))
+    refused("is an objective", noise=MaskNoise(counts="independent", beta=0.3, omega=0.8))
     refused("old-style", key=jax.random.PRNGKey(0))
     refused("give one key", key=jax.random.split(jax.random.key(0), 2))
     for wrong, message in (

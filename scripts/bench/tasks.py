@@ -1,10 +1,13 @@
-"""What a task's runs come to: accuracy against forward passes, mode by mode, over seeds.
+"""What runs come to, mode by mode, over seeds: accuracy against forward passes, or bits.
 
     python scripts/bench/tasks.py configs/sudoku.py --out scripts/bench/results/sudoku-9
+    python scripts/bench/tasks.py configs/text.py --runs config block_4 block_16 masked \\
+        --seeds 0 1 2 --out scripts/bench/results/text
 
 Trains what is not trained yet (`<run>` of each config, `<run>-<seed>` of later seeds), then answers
-test questions in several ways: an order of writing, and how many tokens a pass writes. Writes
-OUT.json after each run, and goes on from what it holds; OUT.md; and OUT.png.
+test questions in several ways (an order of writing, and how many tokens a pass writes), or measures
+bits a character of held-out text. Writes OUT.json as it goes, and goes on from what it holds;
+OUT.md; and of tasks OUT.png.
 """
 
 import dataclasses
@@ -17,7 +20,7 @@ import jax
 import numpy as np
 import tyro
 
-from dllm_jax import checkpoint, pretraining, recipes, tasks, training
+from dllm_jax import checkpoint, experiments, pretraining, recipes, tasks, training
 from dllm_jax.bench.report import provenance
 from dllm_jax.cli.training import load_config
 
@@ -52,49 +55,58 @@ def main(options: Options) -> None:
         for name in options.runs:
             config = load_config(f"{options.config}:{name}", pretraining.Train)
             run = config.run.with_name(config.run.name + (f"-{seed}" if seed else ""))
-            key = f"{config.run.name}, seed {seed}"
-            if key in held["runs"]:
-                continue
             if not (run / "model").exists():
                 if not options.train:
                     continue
                 fit = dataclasses.replace(config.fit, seed=seed)
                 pretraining.train(dataclasses.replace(config, run=run, fit=fit))
-            held["runs"][key] = asked(config, run, options)
-            held |= provenance()
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(held, indent=1) + "\n")
-            options.out.with_suffix(".md").write_text(table(held))
-            draw(held, options.out.with_suffix(".png"))
+            own = held["runs"].setdefault(str(run), {"mode": str(config.run)})
+            for _ in asked(config, run, options, own):
+                held |= provenance()
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(json.dumps(held, indent=1) + "\n")
+                options.out.with_suffix(".md").write_text(table(held))
+                if own["ways"]:
+                    draw(held, options.out.with_suffix(".png"))
 
 
-def asked(config: pretraining.Train, run: Path, options: Options) -> dict[str, Any]:
-    """What a trained model answers, in each way of its mode; and what training it took."""
+def asked(
+    config: pretraining.Train, run: Path, options: Options, own: dict[str, Any]
+) -> Iterator[None]:
+    """Adds to `own` what training took, and what the model answers, way by way."""
     model, params = checkpoint.load(run / "model")
-    task = getattr(config.data, "task")  # noqa: B009
     rows = [row for row in training.read_metrics(run / "metrics.jsonl") if "seconds" in row]
-    found: dict[str, Any] = {
-        "mode": config.run.name,
-        "task": repr(task),
+    own |= {
+        "data": repr(getattr(config.data, "task", config.data)),
         "parameters": sum(int(np.size(x)) for x in jax.tree.leaves(params)),
         "steps": config.fit.steps,
         "rows": config.fit.steps * config.fit.batch,
         "hours": float(np.median([row["seconds"] for row in rows])) * config.fit.steps / 3600,
         "loss": float(np.mean([row["loss"] for row in rows[-20:]])),
-        "ways": {},
     }
+    own.setdefault("ways", {})
+    if not isinstance(config.data, pretraining.TaskData):
+        if "bits" not in own:
+            bits = experiments.Bits(data=config.data, rows=options.sweep, samples=32)
+            own["bits"] = dict(bits(model, params, config.fit.steps))
+            print(run, own["bits"], flush=True)
+            yield
+        return
+    task = config.data.task
     for number, (way, recipe) in enumerate(ways(config, task)):
+        if way in own["ways"]:
+            continue
         count = options.sweep if number else options.count
         solved = tasks.solve(
             model, params, task, recipe=recipe, count=count, batch=options.batch,
             key=jax.random.key(0),
         )  # fmt: skip
-        found["ways"][way] = {
+        own["ways"][way] = {
             "count": count, "accuracy": solved.accuracy, "stderr": solved.stderr,
             "passes": solved.passes, "overhead": solved.overhead,
         }  # fmt: skip
-        print(config.run.name, way, found["ways"][way], flush=True)
-    return found
+        print(run, way, own["ways"][way], flush=True)
+        yield
 
 
 def ways(config: pretraining.Train, task: tasks.Task) -> Iterator[tuple[str, recipes.Recipe]]:
@@ -135,28 +147,37 @@ def table(held: dict[str, Any]) -> str:
     modes: dict[str, list[dict[str, Any]]] = {}
     for own in held["runs"].values():
         modes.setdefault(own["mode"], []).append(own)
-    one = next(iter(held["runs"].values()))
     lines = [
-        f"`{one['task']}`. {held['device']}, jax {held['versions']['jax']}, {held['date']}, commit"
-        f" {held['commit']}. Modes have the same backbone, parameters and training FLOPs (both"
-        " streams counted); rows differ. Accuracy on test questions, ± one standard error of the"
-        " questions, or where there are several seeds the deviation between them. Overhead: entries"
-        " processed for a token of an answer.",
+        f"{held['device']}, jax {held['versions']['jax']}, {held['date']}, commit"
+        f" {held['commit']}. Runs of an experiment have the same backbone, parameters and training"
+        " FLOPs (both streams counted); rows differ. Accuracy on test questions, ± one standard"
+        " error of the questions, or where there are several seeds the deviation between them."
+        " Overhead: entries processed for a token of an answer.",
         "",
-        "| mode | seeds | parameters | steps | rows | hours | last loss |",
-        "|---|---|---|---|---|---|---|",
     ]
+    lines += [f"* `{data}`" for data in dict.fromkeys(own["data"] for own in held["runs"].values())]
+    head = ("run", "seeds", "parameters", "steps", "rows", "hours", "last loss")
+    lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for mode, own in modes.items():
         mean = lambda name, own=own: float(np.mean([x[name] for x in own]))  # noqa: E731
         lines.append(
             f"| {mode} | {len(own)} | {own[0]['parameters']:,} | {own[0]['steps']:,} |"
             f" {own[0]['rows']:,} | {mean('hours'):.2f} | {mean('loss'):.3f} |"
         )
-    lines += ["", "| mode | way | questions | accuracy, % | passes | overhead |"]
-    lines += ["|---|---|---|---|---|---|"]
+    if any("bits" in own for own in held["runs"].values()):
+        lines += ["", "| run | bits a character, held out | of them the noise's error |"]
+        lines += ["|---|---|---|"]
+        for mode, own in modes.items():
+            each = [x["bits"]["per_character"] for x in own if "bits" in x]
+            spread = f" ± {np.std(each, ddof=1):.3f}" if len(each) > 1 else ""
+            error = np.mean([x["bits"]["stderr"] for x in own if "bits" in x])
+            lines.append(f"| {mode} | {np.mean(each):.3f}{spread} | {error:.3f} |")
+    if any(own["ways"] for own in held["runs"].values()):
+        lines += ["", "| run | way | questions | accuracy, % | passes | overhead |"]
+        lines += ["|---|---|---|---|---|---|"]
     for mode, own in modes.items():
         for way in own[0]["ways"]:
-            each = [x["ways"][way] for x in own]
+            each = [x["ways"][way] for x in own if way in x["ways"]]
             accuracy = [x["accuracy"] for x in each]
             error = np.std(accuracy, ddof=1) if len(each) > 1 else each[0]["stderr"]
             passes, overhead = (np.mean([x[n] for x in each]) for n in ("passes", "overhead"))
