@@ -8,6 +8,7 @@ attention and its alignment, is a change of its config; how it learns that is th
 import dataclasses
 import json
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,11 @@ from dllm_jax.losses import DualStream, Objective
 from dllm_jax.nn.adapters import AdapterConfig, init_adapter, merged
 from dllm_jax.nn.transformer import Transformer, TransformerConfig
 from dllm_jax.nn.tree import param_axes, param_shapes
-from dllm_jax.pretraining import ConversationData, Data
+from dllm_jax.pretraining import ConversationData, Data, Evaluation
 from dllm_jax.recipes import Recipe
 from dllm_jax.sharding import shardings
 from dllm_jax.training.feed import gathered, mesh_for
+from dllm_jax.training.records import interrupts
 from dllm_jax.typing import Params
 
 
@@ -90,7 +92,9 @@ class Adapt:
     log_every: int = 1
     """Steps between lines of the metrics."""
     evaluate_every: int = 100
-    """Steps between looks at the held-out rows, where there are any."""
+    """Steps between looks at the held-out rows, where there are any, and evaluations."""
+    evaluations: Mapping[str, Evaluation] = dataclasses.field(default_factory=dict)
+    """Asked every `evaluate_every` steps, by the name that their figures begin with."""
     ema: float = 0.0
     """Decay of a running average of what is trained, which is what is evaluated and written."""
     on_spike: training.OnSpike = "stop"
@@ -114,8 +118,10 @@ class Adapt:
     other devices: all of them, or as many as it divides over where one process has them all."""
     checkpoints: str | None = None
     """Folder of the checkpoints, by default in `run`; a bucket where hosts share no disk."""
+    keep: int = 2
+    """So many of the newest checkpoints are kept."""
     keep_every: int | None = None
-    """Checkpoints of steps that it divides are kept, beside the newest two."""
+    """Checkpoints of steps that it divides are kept too."""
 
     def __post_init__(self):
         ends = [phase.until for phase in self.phases]
@@ -157,19 +163,23 @@ def adapt(config: Adapt) -> None:
     say(f"{len(source)} rows{told}; {device}")
     tx = config.optimiser.build(config.steps, settings)
     state = training.create(params, names, tx)
-    model, step, started = Transformer(settings), 0, time.monotonic()
-    for until, size in _phases(config):
-        model, objective = _of_size(settings, config, size)
-        left = None
-        if config.minutes is not None:
-            left = config.minutes - (time.monotonic() - started) / 60
-        state = training.fit(
-            config.run, _fit(config, until, left), model, params, state, objective, tx, source,
-            heldout,
-        )  # fmt: skip
-        step = int(state.step)
-        if step < until:
-            break
+    about = {"data": data, "objective": config.objective or config.noise}
+    step, started = 0, time.monotonic()
+    with interrupts() as interrupted:  # a signal in the last step of a phase ends the run too
+        for until, size in _phases(config):
+            model, objective = _of_size(settings, config, size)
+            left = None
+            if config.minutes is not None:
+                left = config.minutes - (time.monotonic() - started) / 60
+            asked = {name: partial(ask, model) for name, ask in config.evaluations.items()}
+            state = training.fit(
+                config.run, _fit(config, until, left), model, params, state, objective, tx, source,
+                heldout, evaluations=asked, about=about,
+            )  # fmt: skip
+            step = int(state.step)
+            if step < until or distributed.any_process(interrupted()):
+                break
+    model, objective = _of_size(settings, config, _size_at(config, step))
     gated = settings.adapter is not None and settings.adapter.gated
     default = config.run / ("adapter" if gated else "model")
     folder = config.export or (default if step == config.steps else None)
@@ -188,7 +198,7 @@ def adapt(config: Adapt) -> None:
     adapter = gathered(training.trained(state)["adapter"], mesh)  # all processes take part
     if first:
         meta = _meta(config, step, len(source), answers)
-        save_adapter(folder, settings, adapter, meta)
+        save_adapter(folder, model.config, adapter, meta)
         say(f"step {step}: the adapter is in {folder}")
 
 
@@ -242,7 +252,18 @@ def _phases(config: Adapt) -> list[tuple[int, int | None]]:
         return [(config.steps, None)]
     sizes: list[int | None] = [phase.block_size for phase in config.phases]
     ends = [min(phase.until, config.steps) for phase in config.phases[:-1]]
-    return list(zip([*ends, config.steps], sizes, strict=True))
+    found, before = [], 0
+    for until, size in zip([*ends, config.steps], sizes, strict=True):
+        if until > before:  # else the run ends before it begins
+            found.append((until, size))
+        before = until
+    return found
+
+
+def _size_at(config: Adapt, step: int) -> int | None:
+    """As `_phases`: the block size of the phase that made a step."""
+    phases = _phases(config)
+    return next((size for until, size in phases if step <= until), phases[-1][1])
 
 
 def _of_size(
@@ -252,8 +273,11 @@ def _of_size(
     first = settings.adapter.first_layer if settings.adapter else 0
     objective: Any = config.objective or DualStream(noise=config.noise, frozen_layers=first)
     if size is None:
+        own = _block_size(objective)
+        if settings.attention == "block_causal" and own:
+            settings = dataclasses.replace(settings, block_size=own)
         return Transformer(settings), objective
-    if not hasattr(getattr(objective, "noise", None), "block_size"):
+    if _block_size(objective) is None:
         raise ValueError(
             f"phases change the block size of an objective's noise, and "
             f"{type(objective).__name__} has none"
@@ -263,6 +287,11 @@ def _of_size(
         attention = "block_causal" if size else "bidirectional"
         settings = dataclasses.replace(settings, attention=attention, block_size=max(size, 1))
     return Transformer(settings), dataclasses.replace(objective, noise=noise)
+
+
+def _block_size(objective: Any) -> int | None:
+    """Of an objective's noise; None where it has none."""
+    return getattr(getattr(objective, "noise", None), "block_size", None)
 
 
 def _fit(config: Adapt, until: int, minutes: float | None) -> training.Fit:
@@ -283,6 +312,10 @@ def _meta(config: Adapt, step: int, rows: int, answers: int | None) -> dict[str,
     for until, size in _phases(config):
         blocks = config.noise.blocks * (size or config.noise.block_size)
         seen, begun = seen + max(min(until, step) - begun, 0) * blocks * config.batch, until
+    size, own = (
+        _size_at(config, step),
+        _block_size(config.objective or DualStream(noise=config.noise)),
+    )
     return {
         "base": config.model,
         "steps": before["steps"] + step,
@@ -290,7 +323,7 @@ def _meta(config: Adapt, step: int, rows: int, answers: int | None) -> dict[str,
         "init": before if config.init else None,
         "conversations": rows,
         "answer_tokens": answers,
-        "block_size": _phases(config)[-1][1] or config.noise.block_size,
+        "block_size": own if size is None else size,
         "device": jax.devices()[0].device_kind,
         "settings": _plain(config),
     }
@@ -298,6 +331,8 @@ def _meta(config: Adapt, step: int, rows: int, answers: int | None) -> dict[str,
 
 def _plain(config: Adapt) -> dict[str, Any]:
     """The run's settings without its folders, for the record in the adapter."""
-    fields = dataclasses.asdict(dataclasses.replace(config, data=Path(), recipe=None))
-    left_out = ("data", "run", "export", "init", "minutes", "checkpoints", "recipe")
+    fields = dataclasses.asdict(
+        dataclasses.replace(config, data=Path(), recipe=None, evaluations={})
+    )
+    left_out = ("evaluations", "data", "run", "export", "init", "minutes", "checkpoints", "recipe")
     return {k: v for k, v in fields.items() if k not in left_out}

@@ -81,7 +81,7 @@ class TaskData:
     rows: int = 1_000_000
     """To train on; each is made when it is read."""
     heldout: int = 256
-    """Held out."""
+    """Held out; 0: none are."""
     seed: int = 0
     filled: bool = False
     """Answers go on with ends to the longest: what a canvas of a fixed length sees."""
@@ -89,6 +89,8 @@ class TaskData:
     def source(self, split: str) -> Source:
         """As `Data`."""
         count = self.rows if split == "train" else self.heldout
+        if not count and split != "train":
+            raise FileNotFoundError(f"heldout=0: there are no rows of {split!r}")
         return Examples(self.task, split, count, self.seed, filled=self.filled)
 
 
@@ -171,12 +173,14 @@ class Train:
     """Top-level parameters that are trained; all by default."""
     evaluations: Mapping[str, Evaluation] = dataclasses.field(default_factory=dict)
     """Asked every `evaluate_every` steps, by the name that their figures begin with."""
-    dtype: str = "float32"
-    """Of activations: bfloat16 on an accelerator."""
-    param_dtype: str = "float32"
-    """Of weights, their gradients and moments."""
-    remat: str = "none"
-    """What the backward pass computes again: none, dots, dots_no_batch, full, or offload."""
+    dtype: str | None = None
+    """Of activations: bfloat16 on an accelerator. None: as the model says, float32 by default."""
+    param_dtype: str | None = None
+    """Of weights, their gradients and moments; float32 is right where all of them are trained.
+    None: as the model says, or as it is stored."""
+    remat: str | None = None
+    """What the backward pass computes again: none, dots, dots_no_batch, full, or offload. None: as
+    the model says."""
     fsdp: int = 1
     """Devices that the parameters are split over."""
     tensor: int = 1
@@ -199,7 +203,8 @@ def train(config: Train) -> tuple[Any, Params]:
     mesh = mesh_for(fit.batch, accumulate=fit.accumulate, fsdp=config.fsdp, tensor=config.tensor)
     model, params = start(config.model, fit.seed, mesh, config.param_dtype)
     settings = dict(dtype=config.dtype, remat=config.remat)
-    model = dataclasses.replace(model.config, **settings).build()
+    given = {name: value for name, value in settings.items() if value is not None}
+    model = dataclasses.replace(model.config, **given).build()
     source, heldout = sources(config.data)
     used = 1 if mesh is None else mesh.size
     count = sum(x.size for x in jax.tree.leaves(params))
@@ -209,7 +214,7 @@ def train(config: Train) -> tuple[Any, Params]:
     asked = {name: partial(ask, model) for name, ask in config.evaluations.items()}
     state = training.fit(
         config.run, fit, model, params, state, config.objective, tx, source, heldout,
-        evaluations=asked,
+        evaluations=asked, about={"data": config.data, "objective": config.objective},
     )  # fmt: skip
     params, step = {**params, **training.trained(state)}, int(state.step)
     folder = config.export or (config.run / "model" if step == fit.steps else None)
@@ -249,6 +254,10 @@ def sources(data: Data) -> tuple[Source, Source | None]:
     try:
         heldout = data.source("heldout")
     except FileNotFoundError:
+        heldout = None
+    if heldout is not None and not len(heldout):
+        if distributed.is_first():
+            print("the held-out split is empty: no held-out loss is measured")
         heldout = None
     return data.source("train"), heldout
 

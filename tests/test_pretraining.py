@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from dllm_jax.losses import Diffusion
 from dllm_jax.nn.adapters import AdapterConfig
 from dllm_jax.nn.transformer import Transformer, forward
 from dllm_jax.testing import tiny
+from dllm_jax.training import records
 from dllm_jax.training.feed import mesh_for
 from tests import test_cli, toy_config
 
@@ -59,11 +61,13 @@ def test_a_command_trains_evaluates_and_writes_a_model(trained):
     found = rows(trained)
     assert [row["step"] for row in found if "loss" in row] == [1, 2, 3]
     assert all(np.isfinite(row["loss"]) for row in found if "loss" in row)
-    assert {"tokens_per_second", "mfu", "seconds"} <= found[-1].keys()
-    (asked,) = [row for row in found if "addition_accuracy" in row]
-    assert asked["step"] == 2
-    assert asked["addition_passes"] >= 1
-    (sample,) = training.read_metrics(trained / "samples.jsonl")
+    last = next(row for row in reversed(found) if "loss" in row)
+    assert {"tokens_per_second", "mfu", "seconds"} <= last.keys()
+    asked = [row for row in found if "addition_accuracy" in row]
+    assert [row["step"] for row in asked] == [2, 3]
+    assert [row["step"] for row in found if "heldout_loss" in row] == [2, 3]
+    assert asked[0]["addition_passes"] >= 1
+    sample, _ = training.read_metrics(trained / "samples.jsonl")
     assert sample["name"] == "addition_answers"
     assert "=" in sample["text"]
     model, params = checkpoint.load(trained / "model")
@@ -181,8 +185,9 @@ def test_configs_load():
 
 
 def test_a_mesh_takes_what_divides():
-    assert mesh_for(3) is None  # of eight devices
-    assert dict(mesh_for(4).shape)["data"] == 4
+    assert mesh_for(1) is None  # of eight devices
+    for batch, size in ((3, 3), (4, 4), (6, 6), (14, 7), (24, 8), (22, 2)):
+        assert dict(mesh_for(batch).shape)["data"] == size
     mesh = mesh_for(8, accumulate=2, fsdp=2, tensor=2)
     assert {axis: size for axis, size in mesh.shape.items() if size > 1} == {
         "data": 2, "fsdp": 2, "tensor": 2,
@@ -273,6 +278,74 @@ def test_a_phase_is_its_own_model_and_objective(base, tmp_path):
     causal = dataclasses.replace(settings, attention="causal")
     model, objective = adaptation._of_size(causal, config, 4)
     assert (model.config.attention, objective.noise.block_size) == ("causal", 4)
+
+
+def test_blocks_of_attention_are_those_of_the_noise(base, tmp_path):
+    config = adapt_to(base, tmp_path, adapter=None, phases=())
+    config = dataclasses.replace(config, objective=Diffusion(noise=MaskNoise(block_size=8)))
+    settings = adaptation.adapted(checkpoint.load(base)[0].config, config)
+    assert settings.block_size != 8
+    assert adaptation._of_size(settings, config, None)[0].config.block_size == 8
+    meta = adaptation._meta(config, 4, 24, None)
+    assert meta["block_size"] == 8
+
+
+def test_phases_that_a_shorter_run_does_not_reach_are_none(base, tmp_path):
+    config = adapt_to(base, tmp_path, steps=3)
+    assert adaptation._phases(config) == [(1, 1), (3, 4)]
+    found = [adaptation._size_at(config, step) for step in range(1, 5)]
+    assert found == [1, 4, 4, 4]
+    assert adaptation._meta(config, 1, 24, None)["block_size"] == 1
+    assert adaptation._meta(config, 3, 24, None)["block_size"] == 4
+
+
+def test_a_signal_in_the_last_step_of_a_phase_ends_the_run(base, tmp_path, monkeypatch, capsys):
+    given = []
+
+    def fit(run, config, model, params, state, *rest, evaluations, about):
+        given.append((config, evaluations, about))
+        with records.interrupts():
+            signal.raise_signal(signal.SIGTERM)
+        return dataclasses.replace(state, step=jnp.int32(config.steps))
+
+    monkeypatch.setattr(training, "fit", fit)
+    config = adapt_to(base, tmp_path, adapter=None, keep=5, evaluations={"mine": lambda *_: {}})
+    adaptation.adapt(config)
+    ((config, evaluations, about),) = given
+    assert (config.steps, config.keep) == (1, 5)
+    assert set(evaluations) == {"mine"}
+    assert about["data"] == Counting()
+    assert "step 1 of 4, saved; the same command continues" in capsys.readouterr().out
+
+
+def test_a_model_keeps_its_own_settings_where_a_run_has_none(monkeypatch):
+    given = []
+    monkeypatch.setattr(training, "fit", lambda *rest, **_: given.append(rest[2:4]) or 1 / 0)
+    own = dataclasses.replace(
+        toy_config.config.model, dtype="bfloat16", param_dtype="bfloat16", remat="full"
+    )
+    config = dataclasses.replace(toy_config.config, model=own)
+    for run, dtype, remat in (
+        (config, "bfloat16", "full"),
+        (dataclasses.replace(config, dtype="float32", remat="dots"), "float32", "dots"),
+    ):
+        with pytest.raises(ZeroDivisionError):
+            pretraining.train(run)
+        model, params = given.pop()
+        assert (model.config.dtype, model.config.remat) == (dtype, remat)
+        assert params["embed"].dtype == jnp.bfloat16
+
+
+def test_a_run_may_hold_nothing_out(capsys):
+    class Empty(Counting):
+        def source(self, split: str):
+            return super().source(split) if split == "train" else []
+
+    train, heldout = pretraining.sources(Empty())
+    assert (len(train), heldout) == (24, None)
+    assert "the held-out split is empty" in capsys.readouterr().out
+    data = dataclasses.replace(toy_config.config.data, heldout=0)
+    assert pretraining.sources(data)[1] is None
 
 
 def test_what_an_adaptation_cannot_be(base, tmp_path):

@@ -239,3 +239,21 @@ def test_the_sums_are_of_every_file(run):
         named = json.loads((folder / "sums.0.json").read_text())["files"]
         there = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
         assert set(named) == there - {"sums.0.json"}
+
+
+def test_a_run_may_be_named_from_where_one_stands(tmp_path, whole, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    toy_training.write(tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    run = Path("runs/x")
+    toy_training.fit(run, steps=9)
+    assert steps(run) == steps(tmp_path / run) == [6, 9]
+    same(toy_training.fit(run).trainable, whole[1].trainable)
+    step, mean = training.average(run, 2)
+    assert step == [9, 12]
+    step, found = training.restore(str(run), ("embed",))
+    assert step == 12
+    np.testing.assert_array_equal(found["embed"], whole[1].trainable["embed"])
+    assert (np.asarray(mean["embed"]) != found["embed"]).any()
+    toy_training.fit(Path("runs/y"), steps=1, checkpoints="runs/elsewhere")
+    assert training.restore("runs/elsewhere")[0] == 1

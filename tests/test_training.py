@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,11 @@ from dllm_jax.losses import DualStream
 from dllm_jax.nn.adapters import AdapterConfig
 from dllm_jax.nn.transformer import Transformer
 from dllm_jax.nn.tree import param_shapes
+from dllm_jax.pretraining import ConversationData
 from dllm_jax.testing import tiny
-from dllm_jax.training import loop, step
+from dllm_jax.training import loop, records, step
+from dllm_jax.training.identity import described
+from tests import toy_training
 
 # One program for the whole file: the same model, objective, optimiser and shapes.
 MODEL, PARAMS = tiny()
@@ -124,7 +128,10 @@ def test_a_run_leaves_its_files(whole):
     assert saved(run) == [18, STEPS]  # the last two of 6, 12, 18 and the end
     found = rows(run)
     assert [row["step"] for row in found if "loss" in row] == list(range(1, STEPS + 1))
-    assert [row["step"] for row in found if "heldout_diffusion" in row] == [8, 16]
+    assert [row["step"] for row in found if "heldout_diffusion" in row] == [8, 16, STEPS]
+    looks = [row["heldout_loss"] for row in found if "heldout_loss" in row]
+    assert len(looks) == 3
+    assert looks[-1] < looks[0]
     assert {"loss", "diffusion", "accepted", "accuracy_1", "grad_norm"} <= found[0].keys()
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
 
@@ -210,7 +217,90 @@ def test_other_settings_do_not_fit_a_checkpoint(tmp_path, folder):
         other = dataclasses.replace(FIT, **{name: value})
         with pytest.raises(ValueError, match=f"started with {name}=.* here it is {value}"):
             training.fit(tmp_path, other, MODEL, PARAMS, state, OBJECTIVE, TX, source)
+    other = DualStream(noise=MaskedBlocks(block_size=2, blocks=3))
+    with pytest.raises(ValueError, match=r"objective=.*blocks=4\), here it is .*blocks=3\)"):
+        training.fit(tmp_path, FIT, MODEL, PARAMS, state, other, TX, source)
     assert len(rows(tmp_path)) == 1
+
+
+def test_a_run_goes_on_with_what_it_is_about(tmp_path, folder):
+    source, once = Conversations(folder, "train"), dataclasses.replace(FIT, steps=1)
+
+    def run(name: str, objective: Any = OBJECTIVE, **given) -> int:
+        state = training.create(PARAMS, NAMES, TX)
+        fitted = training.fit(
+            tmp_path / name, once, MODEL, PARAMS, state, objective, TX, source, **given
+        )
+        return int(fitted.step)
+
+    one, other = ConversationData(folder=Path("one")), ConversationData(folder=Path("other"))
+    assert run("run", about={"data": one}) == run("run", about={"data": one}) == 1
+    with pytest.raises(ValueError, match=r"data=.*one.*, here it is .*other.*: its data and noise"):
+        run("run", about={"data": other})
+    assert run("older", about={}) == 1  # as checkpoints were before
+    assert run("older", DualStream(), about={"data": one}) == 1
+
+
+def test_what_a_run_is_about_is_told_by_what_is_not_as_usual():
+    found = described(DualStream(noise=MaskedBlocks(blocks=4), ar_weight=0.5))
+    assert found == "DualStream(noise=MaskedBlocks(blocks=4), ar_weight=0.5)"
+    assert described(object()) == "object()"
+    assert " at 0x" not in described(crash)
+
+
+def test_evaluation_reads_as_many_rows_as_it_is_told(folder, tmp_path, monkeypatch):
+    class Count:
+        def loss(self, model, params, batch, key):
+            rows = jnp.float32(len(batch["tokens"]))
+            return 2 * rows, {"rows": rows}
+
+    source = Conversations(folder, "train")
+    for batch, limit, count in ((4, 2, 2), (4, 64, 4), (99, 99, 64)):
+        found = training.evaluate(
+            MODEL, PARAMS, Count(), source, batch=batch, length=12, limit=limit
+        )
+        assert found == {"loss": 2 * count, "rows": count}
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", lambda *_, **given: asked.append(given) or {})
+        toy_training.write(tmp_path)
+        toy_training.fit(tmp_path / "run", steps=1, accumulate=2, evaluate_every=1, heldout=source)
+    assert [given["batch"] for given in asked] == [4]  # for the memory of a part
+
+
+def test_a_signal_asks_those_around_too():
+    with records.interrupts() as outer:
+        with records.interrupts() as inner:
+            signal.raise_signal(signal.SIGTERM)
+            assert inner()
+        assert outer()
+    with records.interrupts() as outer:
+        with records.interrupts():
+            pass
+        assert not outer()
+
+
+def test_an_interrupted_run_writes_what_it_has_not_logged(tmp_path):
+    toy_training.write(tmp_path)
+    done = toy_training.fit(tmp_path / "run", event=(8 * 2 + 1, terminate), log_every=5).step
+    assert 0 < int(done) < 5
+    toy_training.fit(tmp_path / "run", log_every=5)
+    found = training.read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in found] == [int(done), 5, 10, 12]
+
+
+@pytest.mark.parametrize(
+    "name", ["steps", "batch", "length", "accumulate", "save_every", "keep", "log_every"]
+)
+def test_a_run_has_at_least_one_of_everything(name):
+    with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
+        dataclasses.replace(FIT, **{name: 0})
+
+
+def test_a_spike_in_the_first_step_names_no_checkpoint():
+    figures = {"loss": 1.0, "grad_norm": 2.0}
+    assert "is a fresh one, not kept" in str(loop._spike(1, figures, "here", Path("x.npz")))
+    assert "is checkpoint 1 of here" in str(loop._spike(2, figures, "here", Path("x.npz")))
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 20), (3, 20), (50, 10), (50, 0)])

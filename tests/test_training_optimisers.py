@@ -12,6 +12,7 @@ from dllm_jax import distributed, sharding, training
 from dllm_jax.nn.dit import DiTConfig
 from dllm_jax.nn.tree import param_axes, param_shapes
 from dllm_jax.testing import tiny
+from dllm_jax.training import optimisers
 from dllm_jax.training.optimisers import matrix_axes
 
 MODEL, PARAMS = tiny(qk_norm=True, qkv_bias=True)
@@ -102,6 +103,20 @@ def test_biases_of_other_architectures_do_not_decay():
     for path, x in jax.tree.leaves_with_path(update):
         matrix = path[0].key == "layers" and path[-1].key in ("q", "k", "v", "o", "up", "down")
         assert bool(x.any()) == matrix, path
+
+
+def test_norms_of_bfloat16_are_in_float32():
+    """What is clipped is rounded once: not the norm, nor the share of it."""
+    values = np.linspace(0.5, 1.7, 3000, dtype=np.float32).astype(jnp.bfloat16)
+    wide = values.astype(np.float32)
+    norm = np.linalg.norm(wide)
+    found = optimisers.global_norm({"a": jnp.asarray(values)})
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, norm, rtol=1e-5)
+    clipped = optimisers._clipped(1.0, {"a": jnp.asarray(values)})["a"]
+    assert clipped.dtype == jnp.bfloat16
+    np.testing.assert_allclose(clipped.astype(jnp.float32), wide / norm, rtol=2**-8)
+    np.testing.assert_allclose(optimisers.global_norm({"a": clipped}), 1.0, rtol=1e-3)
 
 
 def test_gradients_are_clipped_by_their_global_norm():

@@ -168,9 +168,22 @@ def test_curves_of_several_runs_share_panels(runs, monkeypatch):
     assert (left.get_xscale(), left.get_yscale()) == ("log", "log")
 
 
+def test_the_loss_is_drawn_beside_that_of_held_out_rows(runs, monkeypatch):
+    kept = drawn(monkeypatch)
+    with (runs[0] / "metrics.jsonl").open("a") as file:
+        print(json.dumps({"step": 60, "heldout_loss": 0.5, "heldout_level_0": 9.0}), file=file)
+    training.plot(runs[0])
+    (panel,) = kept[0]
+    labels = [text.get_text() for text in panel.get_legend().get_texts()]
+    assert labels == ["loss", "heldout_loss"]
+
+
 def test_figures_are_named(runs):
     with pytest.raises(ValueError, match="no run has grad_norm, wide; there are grad_norm, held"):
         training.plot(*runs, curves=training.Curves(figures=("grad_norm", "wide")))
+    for panel in ("wide", "loss+wide"):  # beside others that there are
+        with pytest.raises(ValueError, match="no run has wide; there are"):
+            training.plot(*runs, curves=training.Curves(figures=("loss", panel)))
     with pytest.raises(FileNotFoundError, match=r"nowhere has no metrics.jsonl"):
         training.plot("nowhere")
 

@@ -97,7 +97,14 @@ class Source(Conversations):
 
 
 def fit(
-    run: Path, mesh=None, event=None, *, ill: bool = False, evaluations=None, **changes
+    run: Path,
+    mesh=None,
+    event=None,
+    *,
+    ill: bool = False,
+    evaluations=None,
+    heldout=None,
+    **changes,
 ) -> training.TrainState:
     """Twelve steps of eight rows, a checkpoint every three, from data beside the run.
 
@@ -121,8 +128,9 @@ def fit(
         names, tx, objective = ("embed", "layers"), muon(), POISONED
     state = training.create(params, names, tx)
     return training.fit(
-        run, config, network, params, state, objective, tx, source, evaluations=evaluations
-    )
+        run, config, network, params, state, objective, tx, source, heldout,
+        evaluations=evaluations,
+    )  # fmt: skip
 
 
 @functools.cache

@@ -1,4 +1,7 @@
-"""The command `dllm-jax`: generate, chat, convert, info, recipes, bench, plan, data."""
+"""The command `dllm-jax`.
+
+generate, chat, convert, info, recipes, bench, plan; data, train, adapt, plot.
+"""
 
 from collections.abc import Sequence
 

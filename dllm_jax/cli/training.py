@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from dllm_jax import adaptation, distributed, pretraining, training
+from dllm_jax import adaptation, checkpoint, distributed, pretraining, sources, training
 from dllm_jax.bench import ceilings
 from dllm_jax.cli import terminal
 from dllm_jax.cli.training_options import Adapt, Plot, Train
@@ -72,7 +72,10 @@ def _with_peak(config: pretraining.Train) -> pretraining.Train:
     """The config with the rate of matrix products that is measured here, where it names none."""
     if config.fit.peak_flops is not None:
         return config
-    rate = ceilings.rate(config.dtype, seconds=0.3)
+    model: Any = config.model
+    if isinstance(model, str):
+        model = checkpoint.read_config(sources.resolve(model))
+    rate = ceilings.rate(config.dtype or model.dtype, seconds=0.3)
     terminal.note(f"mfu is a share of {rate:.3g} FLOP/s a device, measured on matrix products")
     return dataclasses.replace(config, fit=dataclasses.replace(config.fit, peak_flops=rate))
 

@@ -22,6 +22,7 @@ from orbax.checkpoint import v1 as ocp
 from dllm_jax import distributed
 from dllm_jax.models.folders import files_in
 from dllm_jax.models.tensors import leaves
+from dllm_jax.sources import absolute
 from dllm_jax.typing import Params
 
 PathLike = str | os.PathLike[str]
@@ -41,7 +42,7 @@ class Saver:
           keep: so many of the newest steps stay when a new one is there.
           keep_every: steps that it divides stay too.
         """
-        self._folder = epath.Path(folder)
+        self._folder = absolute(folder)
         for path in self._folder.glob("*.orbax-checkpoint-tmp*"):
             if distributed.is_first():
                 _log.warning("a save was cut short; its remains, %s, are removed", path)
@@ -114,7 +115,7 @@ def restore_newest(
     Raises:
       ValueError: there are steps, and none of them can be read.
     """
-    root, damaged = epath.Path(folder), []
+    root, damaged = absolute(folder), []
     for step in sorted(steps(root), reverse=True):
         loaded, reason = None, _damage(root / str(step))
         if not distributed.any_process(reason is not None):
@@ -141,7 +142,7 @@ def check_shared(folder: PathLike) -> None:
     """Raises ValueError where processes do not see the same folder of checkpoints."""
     if jax.process_count() == 1:
         return
-    mark = epath.Path(folder) / "shared"
+    mark = absolute(folder) / "shared"
     if distributed.is_first():
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.write_text("")
@@ -286,7 +287,7 @@ def average(run: PathLike, last: int, *, like: Params | None = None) -> tuple[li
 
 def _root(run: PathLike) -> epath.Path:
     """The folder of a run's checkpoints."""
-    root = epath.Path(run)
+    root = absolute(run)
     return root / "checkpoints" if (root / "checkpoints").exists() else root
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from dllm_jax.training.records import read_metrics
 
-DEFAULT = ("loss+heldout_*", "accepted+heldout_accepted")
+DEFAULT = ("loss+heldout_loss", "accepted+heldout_accepted")
 """Panels: names of figures, with + between those that share one; * stands for anything."""
 
 
@@ -36,7 +36,7 @@ def plot(
 
     Raises:
       FileNotFoundError: a run has no metrics.
-      ValueError: none of the figures is in any of them.
+      ValueError: a figure, or a part of a+b, is in none of them.
     """
     rows = {}
     for run in map(Path, runs):
@@ -52,9 +52,11 @@ def plot(
     from matplotlib import pyplot
 
     panels = [found for panel in curves.figures if (found := _series(rows, panel))]
-    if not panels and curves.figures is not DEFAULT:
+    parts = [part for panel in curves.figures for part in panel.split("+")]
+    missing = [part for part in parts if not _series(rows, part)]
+    if missing and curves.figures is not DEFAULT:
         there = sorted({name for found in rows.values() for row in found for name in row})
-        raise ValueError(f"no run has {', '.join(curves.figures)}; there are {', '.join(there)}")
+        raise ValueError(f"no run has {', '.join(missing)}; there are {', '.join(there)}")
     count = max(len(panels), 1)
     figure, axes = pyplot.subplots(1, count, figsize=(5 * count, 4), squeeze=False)
     for axis, series in zip(axes[0], panels, strict=False):

@@ -1,6 +1,5 @@
 """How batches get onto a mesh: which rows this process reads, and where they go."""
 
-import math
 from typing import Any
 
 import jax
@@ -90,7 +89,10 @@ def mesh_for(batch: int, *, accumulate: int = 1, fsdp: int = 1, tensor: int = 1)
     """
     devices, split = jax.device_count(), fsdp * tensor
     rows = max(batch // accumulate // fsdp, 1)
-    data = -1 if jax.process_count() > 1 else math.gcd(rows, max(devices // split, 1))
+    most = min(rows, max(devices // split, 1))
+    data = next(size for size in range(most, 0, -1) if rows % size == 0)
+    if jax.process_count() > 1:
+        data = -1
     if data * split == 1:
         return None
     return make_mesh(data=data, fsdp=fsdp, tensor=tensor)

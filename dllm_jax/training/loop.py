@@ -30,8 +30,10 @@ from dllm_jax import distributed
 from dllm_jax.data import Source, batches
 from dllm_jax.losses import Objective
 from dllm_jax.sharding import EVERY, Rules, scope
+from dllm_jax.sources import absolute
 from dllm_jax.training import checkpoints, curves, records
 from dllm_jax.training.feed import Feed, training_mesh
+from dllm_jax.training.identity import check_same, described
 from dllm_jax.training.reports import reports
 from dllm_jax.training.spikes import Spike, Watch
 from dllm_jax.training.step import TrainState, make_train_step, trained, with_extras
@@ -85,6 +87,11 @@ class Fit:
     """Where figures go besides metrics.jsonl: tensorboard, wandb, trackio."""
 
     def __post_init__(self):
+        for name in ("steps", "batch", "length", "accumulate", "save_every", "keep", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.evaluate_every < 0:
+            raise ValueError(f"evaluate_every={self.evaluate_every}: 0 is never, 1 every step")
         if self.on_spike not in ("stop", "skip", "ignore"):
             raise ValueError(f"on_spike={self.on_spike!r} is not stop, skip or ignore")
         if self.on_spike == "ignore" and self.spike:
@@ -106,6 +113,7 @@ def fit(
     *,
     rules: Rules = EVERY,
     evaluations: Mapping[str, Evaluation] | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> TrainState:
     """Trains until `config.steps`, the time budget, or a signal; continues what the folder holds.
 
@@ -120,15 +128,18 @@ def fit(
       evaluations: what is asked of all parameters (of their average, where one is kept) every
         `config.evaluate_every` steps, by all processes. Numbers go into the metrics as
         `<name>_<figure>`, strings into samples.jsonl.
+      about: what the run is of, by name: the settings of its data, say. They are kept in words
+        (`identity.described`), and others do not go on from there. The objective, by default.
 
     Returns:
       The last state, which is also on disk when any step was made. What it trained is
       `trained(state)`.
 
     Raises:
-      ValueError: the folder holds a run of other parameters, another optimiser, or another seed,
-        batch, length or data, or no checkpoint of it can be read; or the batch does not fit the
-        mesh. A new number of steps is welcome: the schedule follows it. So is another mesh.
+      ValueError: the folder holds a run of other parameters, another optimiser, another seed,
+        batch, length, number of rows or `about`, or no checkpoint of it can be read; or the batch
+        does not fit the mesh. A new number of steps is welcome: the schedule follows it. So is
+        another mesh.
       Spike: a step was not applied, and `config.on_spike` is stop.
       ModuleNotFoundError: what `config.report` names is not installed.
     """
@@ -150,18 +161,23 @@ def fit(
     state = with_extras(state, ema=config.ema > 0, losses=config.spike > 0)
     asked: dict[str, Evaluation] = dict(evaluations or {})
     if heldout is not None:
-        look = partial(evaluate, model, objective=objective, source=heldout, rules=rules, **shape)
+        look = partial(
+            evaluate, model, objective=objective, source=heldout, rules=rules,
+            batch=config.batch // config.accumulate, length=config.length,
+        )  # fmt: skip
         asked = {"heldout": lambda params, step: look(params), **asked}
     key = jax.random.key(config.seed)
     budget = float("inf") if config.minutes is None else 60 * config.minutes
     deadline = time.monotonic() + budget
-    numbers = {"seed": config.seed, **shape, "rows": len(source)}
-    folder = config.checkpoints or run / "checkpoints"
+    about = {"objective": objective} if about is None else about
+    own = {name: described(thing) for name, thing in about.items()}
+    own |= {"seed": config.seed, **shape, "rows": len(source)}
+    folder = absolute(config.checkpoints or run / "checkpoints")
     first, alone = distributed.is_first(), jax.process_count() == 1
     watch = Watch(run, key)
     meter = Meter(*_rates(config, model, objective, state, 1 if mesh is None else mesh.size))
     with scope(params), records.interrupts() as interrupted:
-        state = _restore(folder, state, data, numbers)
+        state = _restore(folder, state, data, own)
         done = began = int(state.step)
 
         def stop() -> bool:
@@ -195,7 +211,7 @@ def fit(
                     found = meter.look()
                     write(done, found)
                     before = dataclasses.replace(state, step=state.step - 1)
-                    _save(saver, done - 1, before, position, numbers)
+                    _save(saver, done - 1, before, position, own)
                     saver.wait()
                     raise _spike(done, found, folder, kept[0])
                 if done % config.log_every == 0 or done == config.steps:
@@ -214,9 +230,11 @@ def fit(
                                 tell({"step": done, **row})
                 if done % config.save_every == 0:
                     with meter.pause():
-                        _save(saver, done, state, data.get_state(), numbers)
+                        _save(saver, done, state, data.get_state(), own)
             watch.look()
-            _save(saver, done, state, data.get_state(), numbers)
+            if meter.holds:
+                write(done, meter.look())
+            _save(saver, done, state, data.get_state(), own)
     if first:
         curves.plot(run)
     return state
@@ -226,13 +244,17 @@ def evaluate(
     model: Any, params: Params, objective: Objective, source: Source, *, batch: int,
     length: int, seed: int = 0, limit: int = 64, rules: Rules = EVERY,
 ) -> dict[str, float]:  # fmt: skip
-    """Mean figures of the objective over `limit` rows, the same ones for the same seed."""
+    """The loss and the figures of the objective on held-out rows: means of whole batches.
+
+    The same rows and noise for the same seed. At most `limit` rows are read, in batches of at most
+    `batch`; those that fill no batch are left out.
+    """
     mesh = training_mesh(params)
-    batch = min(batch, len(source))
+    batch = min(batch, limit, len(source))
     feed = Feed(batch, mesh, rules, whole=True)
     pad_id = model.config.pad_id
     data = batches(source, batch=batch, length=length, pad_id=pad_id, seed=seed, rows=feed.rows)
-    count = max(1, min(limit, len(source)) // batch)
+    count = min(limit, len(source)) // batch
     key = jax.random.key(seed)
     measure, rows = partial(_figures, model, objective), []
     with scope(params):
@@ -246,7 +268,8 @@ def evaluate(
 
 @partial(jax.jit, static_argnums=(0, 1))  # compiled once, however often a run evaluates
 def _figures(model: Any, objective: Objective, params: Params, batch, key: Key):
-    return objective.loss(model, params, batch, key)[1]
+    loss, figures = objective.loss(model, params, batch, key)
+    return {"loss": loss, **figures}
 
 
 def _samples(run: Path, done: int, evaluations: Any) -> Any:
@@ -257,7 +280,7 @@ def _samples(run: Path, done: int, evaluations: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _saver(folder: Path | str, config: Fit) -> Iterator[checkpoints.Saver]:
+def _saver(folder: checkpoints.PathLike, config: Fit) -> Iterator[checkpoints.Saver]:
     saver = checkpoints.Saver(folder, keep=config.keep, keep_every=config.keep_every)
     try:
         yield saver
@@ -269,11 +292,13 @@ def _saver(folder: Path | str, config: Fit) -> Iterator[checkpoints.Saver]:
     saver.close()
 
 
-def _save(saver: checkpoints.Saver, step: int, state: TrainState, position, numbers) -> None:
-    saver.save(step, _as_dict(state), {"data": position, "numbers": numbers})
+def _save(saver: checkpoints.Saver, step: int, state: TrainState, position, own) -> None:
+    saver.save(step, _as_dict(state), {"data": position, "numbers": own})
 
 
-def _restore(folder: Path | str, state: TrainState, data, numbers: dict[str, int]) -> TrainState:
+def _restore(
+    folder: checkpoints.PathLike, state: TrainState, data, own: dict[str, Any]
+) -> TrainState:
     """The newest readable checkpoint, with `data` set to its position; else the given state."""
     target = jax.tree.map(checkpoints.target_of, _as_dict(state))
     checkpoints.check_shared(folder)
@@ -283,13 +308,7 @@ def _restore(folder: Path | str, state: TrainState, data, numbers: dict[str, int
         saved, facts = checkpoints.facts_of(path)
         what = f"the checkpoint of step {step} does not fit this run"
         checkpoints.check(saved, target, what, advice)
-        for name, value in facts["numbers"].items():
-            if value != numbers[name]:
-                raise ValueError(
-                    f"the run of this folder was started with {name}={value}, here it is "
-                    f"{numbers[name]}: its data and noise would not go on as they were; give the "
-                    "old value, or choose another folder"
-                )
+        check_same(facts["numbers"], own)
         return checkpoints.read(path, target), facts
 
     found = checkpoints.restore_newest(folder, load)
@@ -341,9 +360,10 @@ def _told(name: str, found: Found) -> tuple[dict[str, float], list[dict[str, str
 
 
 def _spike(done: int, figures: dict[str, float], folder: Any, path: Path) -> Spike:
+    before = f"is checkpoint {done - 1} of {folder}" if done > 1 else "is a fresh one, not kept"
     return Spike(
         f"step {done} is not applied: its loss is {figures['loss']:.4g}, the norm of its gradient "
         f"{figures['grad_norm']:.4g}. Its batch and key are in {path} (training.read_spike), the "
-        f"state before it is checkpoint {done - 1} of {folder}. To go on without this batch, "
+        f"state before it {before}. To go on without this batch, "
         "start again with on_spike=skip"
     )

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, Literal, cast, get_args
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
@@ -90,7 +91,7 @@ class Optimiser:
         if config is None and (self.kind == "muon" or self.weight_decay):
             what = "muon" if self.kind == "muon" else f"weight_decay={self.weight_decay}"
             raise ValueError(f"{what} needs to know the matrices: build(steps, model.config)")
-        parts = [optax.clip_by_global_norm(self.clip)] if self.clip else []
+        parts = [optax.stateless(functools.partial(_clipped, self.clip))] if self.clip else []
         parts += _direction(self, config)
         if self.weight_decay:
             mask = functools.partial(_decayed, config, self.decay_embeddings)
@@ -112,6 +113,11 @@ class Optimiser:
         return optax.join_schedules([rising, stable, down], [warmup, steps - falling])
 
 
+def global_norm(tree: Params) -> jax.Array:
+    """The norm of all entries together, in float32 at least: sums of bfloat16 lose small terms."""
+    return optax.tree.norm(jax.tree.map(_wide, tree))
+
+
 def matrix_axes(axes: tuple[str | None, ...]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """Where a matrix has its inputs and outputs, from its logical axes; None: it is none.
 
@@ -130,6 +136,20 @@ def matrix_axes(axes: tuple[str | None, ...]) -> tuple[tuple[int, ...], tuple[in
     if len(groups) != 2 or table:
         return None
     return groups[0], groups[1]
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _clipped(most: float, updates: Params, params: Params | None = None) -> Params:
+    """Updates with a global norm of at most so much, in their own dtypes."""
+    norm = global_norm(updates)
+
+    def one(x: jax.Array) -> jax.Array:
+        return jnp.where(norm < most, x, (_wide(x) / norm * most).astype(x.dtype))
+
+    return jax.tree.map(one, updates)
 
 
 def _direction(o: Optimiser, config: Config | None) -> list[optax.GradientTransformation]:

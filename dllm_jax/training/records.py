@@ -15,15 +15,29 @@ from dllm_jax import distributed
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[Callable[[], bool]]:
-    """Turns SIGTERM and SIGINT into a question: the loop ends its step, saves, and leaves."""
-    asked = []
+    """Turns SIGTERM and SIGINT into a question: the loop ends its step, saves, and leaves.
+
+    Within another one, what was asked here is asked there too.
+    """
+    asked = _Asked()
     names = (signal.SIGTERM, signal.SIGINT)
-    before = {name: signal.signal(name, lambda *_: asked.append(True)) for name in names}
+    before = {name: signal.signal(name, asked) for name in names}
     try:
-        yield lambda: bool(asked)
+        yield lambda: asked.yes
     finally:
         for name, handler in before.items():  # None: one that was not set from Python
             signal.signal(name, signal.SIG_DFL if handler is None else handler)
+            if isinstance(handler, _Asked):
+                handler.yes |= asked.yes
+
+
+class _Asked:
+    """A handler that only notes."""
+
+    yes = False
+
+    def __call__(self, *_: Any) -> None:
+        self.yes = True
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from dllm_jax.losses import Objective
 from dllm_jax.sharding import Rules, as_they_lie, automatic, shardings
+from dllm_jax.training.optimisers import global_norm
 from dllm_jax.typing import Key, Params
 
 WINDOW = 32
@@ -176,7 +177,7 @@ def _stepped(
     trainable = cast(Params, optax.apply_updates(state.trainable, updates))
     if "lengths" in batch:
         figures = {"tokens": batch["lengths"].sum(), **figures}
-    figures = {"loss": total, **figures, "grad_norm": optax.tree.norm(grads)}
+    figures = {"loss": total, **figures, "grad_norm": global_norm(grads)}
     mean = None
     if ema:
         decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step))

@@ -34,6 +34,11 @@ class Meter:
         else:
             self._timed += 1
 
+    @property
+    def holds(self) -> bool:
+        """Whether there are steps that nobody has looked at."""
+        return bool(self._rows)
+
     def look(self) -> dict[str, float]:
         """The last step's figures; of the steps since the last look the seconds of one, and counts.
 
