@@ -175,8 +175,9 @@ class Train:
     """Of activations: bfloat16 on an accelerator."""
     param_dtype: str = "float32"
     """Of weights, their gradients and moments."""
-    remat: str = "none"
-    """What the backward pass computes again: none, dots, dots_no_batch, full, or offload."""
+    remat: str = "auto"
+    """What the backward pass computes again: none, dots, dots_no_batch, full, offload, or auto:
+    none, but on CPUs dots_no_batch, which is faster there."""
     fsdp: int = 1
     """Devices that the parameters are split over."""
     tensor: int = 1
