@@ -179,8 +179,8 @@ class Train:
     """Of weights, their gradients and moments; float32 is right where all of them are trained.
     None: as the model says, or as it is stored."""
     remat: str | None = None
-    """What the backward pass computes again: none, dots, dots_no_batch, full, or offload. None: as
-    the model says."""
+    """What the backward pass computes again: none, dots, dots_no_batch, full, offload, or auto:
+    none, but on CPUs dots_no_batch, which is faster there. None: as the model says, or auto."""
     fsdp: int = 1
     """Devices that the parameters are split over."""
     tensor: int = 1
@@ -202,7 +202,9 @@ def train(config: Train) -> tuple[Any, Params]:
     fit = config.fit
     mesh = mesh_for(fit.batch, accumulate=fit.accumulate, fsdp=config.fsdp, tensor=config.tensor)
     model, params = start(config.model, fit.seed, mesh, config.param_dtype)
-    settings = dict(dtype=config.dtype, remat=config.remat)
+    own = getattr(model.config, "remat", "none")
+    remat = config.remat or ("auto" if own == "none" else own)
+    settings = dict(dtype=config.dtype, remat=remat)
     given = {name: value for name, value in settings.items() if value is not None}
     model = dataclasses.replace(model.config, **given).build()
     source, heldout = sources(config.data)

@@ -125,7 +125,7 @@ class Tokenizer:
             text = _compile(self.template).render(
                 messages=turns, add_generation_prompt=add_generation_prompt, **self.special
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError) as error:  # the second of `tojson`, of a date say
             raise ValueError(f"the chat template refuses these messages: {error}") from error
         return self.backend.encode(text, add_special_tokens=False).ids
 

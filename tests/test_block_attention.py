@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import BlockMask, block_attention, block_attention_lse
+from pallas_kernels.block_attention import reference
 from pallas_kernels.block_attention.quantised import dequantise, quantise
 
 
@@ -242,6 +243,35 @@ def test_a_window_reads_no_slot_outside_it(mask):
     np.testing.assert_allclose(attend(cache), 1.0)
     made = [var.aval.shape for eqn in jax.make_jaxpr(attend)(cache).eqns for var in eqn.outvars]
     assert not any(64 in shape for shape in made)
+
+
+@pytest.mark.parametrize(
+    ("mask", "entries"),
+    [
+        (BlockMask.causal(11), 11),
+        (BlockMask.block_causal(11, 3), 11),
+        (BlockMask.dual_stream(8, 2), 16),
+    ],
+)
+def test_queries_in_pieces_change_no_number(mask, entries):
+    shapes = ((2, entries, heads, 8) for heads in (4, 2, 2))
+    keys = jax.random.split(jax.random.key(0), 3)
+    arrays = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+
+    @partial(jax.jit, static_argnums=0)
+    def passed(piece, *arrays):
+        def run(*arrays):
+            options = dict(lengths=jnp.array([mask.clean, 5]), window=6, piece=piece)
+            return reference.block_attention(*arrays, mask, **options)
+
+        out, back = jax.vjp(run, *arrays)
+        return out, back(jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), jnp.sin(x), 0), out))
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+        passed(4, *arrays),
+        passed(0, *arrays),
+    )
 
 
 def test_bad_shapes_are_named():

@@ -38,6 +38,14 @@ def test_a_store_is_made_once_and_told_of(texts, tmp_path, capsys):
     assert "was there already" in told.err
     assert written == [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))]
     assert json.loads(told.out) == train.facts
+    assert main([*line, "--heldout", "0.1", "--overwrite"]) == 0  # of the same, so it stays
+    assert "was there already" in capsys.readouterr().err
+    assert main([*line, "--heldout", "0.1", "--strict"]) == 2
+    assert f"{texts}/0.jsonl:101: not valid JSON; without strict" in capsys.readouterr().err
+    (out / "heldout.bin").write_bytes(b"")
+    assert main([*line, "--heldout", "0.1"]) == 0
+    assert "is written" in capsys.readouterr().err
+    assert len(Store(out, "heldout")) == len(held)
     assert main([*line, "--heldout", "0.2"]) == 2
     assert (
         f"{out}-tokenizer holds a tokenizer of other heldout: name another folder"

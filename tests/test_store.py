@@ -1,5 +1,7 @@
 """Documents as tokens on disk: written once, opened as rows, refused when they are not whole."""
 
+import datetime
+import decimal
 import json
 import os
 import pickle
@@ -8,8 +10,10 @@ import shutil
 import numpy as np
 import pytest
 
-from dllm_jax.data import BrokenDocument, Source, Store, batches, read, store, tokenise
+from dllm_jax.data import BrokenDocument, Source, Store, StoreData, batches, read, store, tokenise
 from dllm_jax.data import train_tokenizer as train
+from dllm_jax.data.documents import Document, key
+from dllm_jax.pretraining import sources
 from dllm_jax.sources import Damaged
 from dllm_jax.tokenizer import Tokenizer
 
@@ -153,6 +157,31 @@ def test_what_the_template_does_not_take_is_counted(tmp_path, tokenizer):
     assert not (tmp_path / "t").exists()
 
 
+def test_messages_with_values_that_json_lacks(tmp_path, tokenizer):
+    import dataclasses
+
+    date = datetime.datetime(2024, 2, 3, 4, 5)
+    dated = [{**message, "at": date, "cost": decimal.Decimal("0.1")} for message in TALK]
+    itself: dict = turn("assistant", "A")
+    itself["itself"] = itself
+    odd = [[{**TALK[1], "tags": {1}}], [{**TALK[1], 3: "c"}], [{**TALK[1], (1, 2): "d"}], [itself]]
+    facts = tokenise([dated, *odd], tokenizer, tmp_path / "s", heldout=1e-9)
+    assert facts["report"]["troubles"] == {
+        "a message holds what JSON cannot write": {
+            "count": 4, "places": ["item 1", "item 2", "item 3"]
+        }
+    }  # fmt: skip
+    assert len(Store(tmp_path / "s")) == 1
+    later = [{**message, "at": date + datetime.timedelta(1)} for message in dated]
+    assert key(Document(messages=tuple(dated))) != key(Document(messages=tuple(later)))
+    shown = dataclasses.replace(
+        tokenizer, template="{% for m in messages %}{{ m|tojson }}{% endfor %}"
+    )
+    facts = tokenise([dated, TALK[:2]], shown, tmp_path / "t")
+    (kind,) = facts["report"]["troubles"]
+    assert kind.startswith("the chat template refuses these messages: Object of type datetime")
+
+
 def test_a_template_without_an_end_gets_one(tmp_path, tokenizer):
     import dataclasses
 
@@ -204,6 +233,9 @@ def test_files_are_tokenised_once(tmp_path, tokenizer, monkeypatch):
     with pytest.raises(BrokenDocument):
         tokenise(read(file, strict=True), tokenizer, tmp_path / "t")
     assert not (tmp_path / "t").exists()
+    tokenise(read(file), tokenizer, tmp_path / "t")
+    with pytest.raises(BrokenDocument, match=r"some\.jsonl:2: not valid JSON; without strict"):
+        tokenise(read(file, strict=True), tokenizer, tmp_path / "t")  # it is there already
 
 
 def test_a_crash_leaves_no_store(tmp_path, tokenizer, monkeypatch):
@@ -279,3 +311,45 @@ def test_a_store_that_is_not_whole_is_refused(tmp_path, tokenizer):
     (tmp_path / "bad" / "store.json").write_text(json.dumps({**facts, "version": 99}))
     with pytest.raises(Damaged, match="version 99"):
         Store(tmp_path / "bad")
+
+
+@pytest.mark.parametrize(
+    "name", ["train.bin", "train.given", "train.npy", "heldout.bin", "tokenizer/tokenizer.json"]
+)
+def test_a_store_that_is_not_whole_is_made_anew(tmp_path, tokenizer, name):
+    def make():
+        return tokenise(TEXTS, tokenizer, tmp_path / "s", heldout=0.5, learn="every")
+
+    facts, file = make(), tmp_path / "s" / name
+    content = file.read_bytes()
+    if file.parent.name == "s":
+        file.write_bytes(content[:-1])
+        assert make() == facts
+        assert file.read_bytes() == content
+    file.unlink()
+    assert make() == facts
+    assert file.read_bytes() == content
+
+
+def test_a_store_whose_facts_are_damaged_gives_way(tmp_path, tokenizer):
+    facts = tokenise(TEXTS, tokenizer, tmp_path / "s")
+    (tmp_path / "s" / "store.json").write_text("{")
+    with pytest.raises(Damaged, match=r"not valid JSON .* or overwrite it \(overwrite=True"):
+        tokenise(TEXTS, tokenizer, tmp_path / "s")
+    assert tokenise(TEXTS, tokenizer, tmp_path / "s", overwrite=True) == facts
+    assert Store(tmp_path / "s").facts == facts
+
+
+def test_a_split_without_documents_is_none(tmp_path, tokenizer):
+    facts = tokenise(TEXTS[:2], tokenizer, tmp_path / "s", heldout=1e-9)
+    assert facts["splits"]["heldout"]["documents"] == 0
+    with pytest.raises(
+        FileNotFoundError, match=r"'heldout' of .* has no document: hold out a larger"
+    ):
+        Store(tmp_path / "s", "heldout")
+    train, heldout = sources(StoreData(folder=tmp_path / "s", length=8))
+    assert len(train) > 0
+    assert heldout is None
+    written = (tmp_path / "s" / "store.json").stat().st_mtime_ns
+    assert tokenise(TEXTS[:2], tokenizer, tmp_path / "s", heldout=1e-9) == facts
+    assert written == (tmp_path / "s" / "store.json").stat().st_mtime_ns  # it is whole

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from pathlib import Path
+from unittest import mock
 
 import pytest
 from hypothesis import given
@@ -119,6 +121,41 @@ def test_a_vocabulary_is_learnt_once(tmp_path, monkeypatch):
         train_tokenizer(TEXTS, 280, tmp_path / "own", chat=True)
     other = train_tokenizer(TEXTS, 270, tmp_path / "own", overwrite=True)
     assert (other.vocab_size, other.template) == (270, None)
+
+
+@pytest.mark.parametrize("name", ["save", "tokenizer_config.json", "trained.json", "rename"])
+def test_one_that_was_killed_blocks_nothing(tmp_path, monkeypatch, name):
+    def crash(*_, **__):
+        raise KeyboardInterrupt
+
+    write = Path.write_text
+
+    def write_text(path, *args, **options):
+        return crash() if path.name == name else write(path, *args, **options)
+
+    train_tokenizer(TEXTS, 270, tmp_path / "old", kind="char")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", write_text)
+        if name == "rename":
+            patch.setattr(Path, "rename", crash)
+        if name == "save":  # it is cut short
+            trained = data.tokenizers._of_pieces(["<|pad|>"], ["t"], None)
+            trained = mock.Mock(wraps=trained)
+            trained.save.side_effect = lambda path: crash(Path(path).write_bytes(b"{"))
+            patch.setattr(data.tokenizers, "_of_pieces", lambda *_, **__: trained)
+        for folder in ("new", "old"):
+            with pytest.raises(KeyboardInterrupt):
+                train_tokenizer(TEXTS, 280, tmp_path / folder, kind="char", overwrite=True)
+            if (folder, name) != ("old", "save"):  # which has its old one
+                with pytest.raises(FileNotFoundError):
+                    Tokenizer.load(tmp_path / folder)
+    new = train_tokenizer(TEXTS, 280, tmp_path / "new", kind="char")
+    old = train_tokenizer(TEXTS, 280, tmp_path / "old", kind="char", overwrite=name == "save")
+    assert old.backend.to_str() == new.backend.to_str()
+    for folder in ("new", "old"):
+        assert sorted(path.name for path in (tmp_path / folder).iterdir()) == [
+            "tokenizer.json", "tokenizer_config.json", "trained.json"
+        ]  # fmt: skip
 
 
 def test_nothing_is_learnt_from_what_is_held_out(tmp_path):

@@ -12,14 +12,21 @@ from dllm_jax.data import Documents, corpus, read, tokenise, train_tokenizer
 
 def storing(command: Data) -> None:
     """Writes a store, or finds it there, and prints its table."""
-    there = (command.out.expanduser() / "store.json").exists() and not command.overwrite
+    before = _changed(command)
     with terminal.status(f"reading {command.corpus or ' '.join(command.files)}"):
         (facts,) = background(lambda: [_stored(command)])
     if command.json:
         print(json.dumps(facts, indent=1))
     else:
         print("\n".join(table(facts)))
+    there = before is not None and before == _changed(command)
     terminal.note(f"{command.out} {'was there already' if there else 'is written'}")
+
+
+def _changed(command: Data) -> int | None:
+    """When the store was written; None where there is none."""
+    file = command.out.expanduser() / "store.json"
+    return file.stat().st_mtime_ns if file.exists() else None
 
 
 def _stored(command: Data) -> dict[str, Any]:

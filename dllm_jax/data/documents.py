@@ -5,9 +5,11 @@ nothing is dropped that the report does not tell of.
 """
 
 import dataclasses
+import datetime
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from decimal import Decimal
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 PLACES = 3
@@ -137,7 +139,7 @@ def key(document: Document) -> bytes:
     """16 bytes that tell contents apart: of the text, or of the messages."""
     content = document.text
     if document.messages is not None:
-        content = json.dumps(document.messages, sort_keys=True)
+        content = json.dumps(document.messages, sort_keys=True, default=_spelt)
     return hashlib.blake2b(content.encode(), digest_size=16).digest()
 
 
@@ -175,7 +177,19 @@ def checked_chat(messages: Any, place: str) -> Document | str:
     answers = [message for message in messages if message["role"] == "assistant"]
     if not any(message["content"].strip() for message in answers):
         return "no turn of an assistant to learn"
-    return Document(messages=tuple(messages), place=place)
+    document = Document(messages=tuple(messages), place=place)
+    try:
+        key(document)
+    except (TypeError, ValueError, RecursionError):  # a set, an image, itself
+        return "a message holds what JSON cannot write"
+    return document
+
+
+def _spelt(value: Any) -> str:
+    """What Parquet has beside the kinds of JSON, as text that is the same in every process."""
+    if isinstance(value, (datetime.date, datetime.time, datetime.timedelta, Decimal, bytes)):
+        return str(value)
+    raise TypeError(f"a {type(value).__name__} is not of JSON")
 
 
 def _encodable(text: str) -> bool:

@@ -43,6 +43,9 @@ def tokenise(
 ) -> dict[str, Any]:
     """Writes documents as tokens, whole or not at all; what is there already is left as it is.
 
+    A store of the same documents and settings that lacks a file, or has one cut short, is made
+    anew.
+
     A text is taken literally ("<|im_end|>" in it is letters) and ends with the tokenizer's first
     end token, where it has one. A conversation is laid out by the tokenizer's template, and ends
     behind its last end token. Of several processes let one write, and the others open it then.
@@ -53,12 +56,14 @@ def tokenise(
       heldout: about which share goes into the split "heldout", by a hash of the contents.
       learn: of conversations, the "last" turn of the assistant (all before it is the prompt) or
         "every" one (all between them is given).
-      overwrite: replace a store of other documents or settings.
+      overwrite: replace a store of other documents or settings, or one that cannot be read.
 
     Returns:
       What store.json holds: "splits", "report", "tokenizer", "fingerprint", ...
 
     Raises:
+      BrokenDocument: the documents are strict, and something was left out, now or when the store
+        was made.
       ValueError: `heldout` is not in [0, 1), the folder holds another store or something else, or
         no document is left for training.
     """
@@ -78,10 +83,11 @@ def tokenise(
     }
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     if (path / "store.json").exists():
-        there = sources.read_json(epath.Path(path / "store.json"))
+        there = _fingerprinted(path, overwrite)
         if there.get("fingerprint") == fingerprint:
-            return _facts(path)
-        if not overwrite:
+            with contextlib.suppress(sources.Damaged, FileNotFoundError):
+                return _kept(path, documents.report)
+        elif not overwrite:
             earlier = there.get("settings", {})
             changed = [name for name in settings if earlier.get(name) != settings[name]]
             raise ValueError(
@@ -119,7 +125,7 @@ class Store:
         """Opens a folder that `tokenise` wrote, on a disk of this machine or one that it mounts.
 
         Raises:
-          FileNotFoundError: there is no store, or no such split.
+          FileNotFoundError: there is no store, no such split, or no document in it.
           dllm_jax.sources.Damaged: a file is missing, cut short, or of another version.
         """
         self.folder, self.split = Path(folder).expanduser(), split
@@ -132,18 +138,23 @@ class Store:
         self.about = self.facts["splits"][split]
         dtype = np.dtype(self.facts["dtype"])
         count, size = self.about["documents"], self.about["tokens"]
+        if not count:
+            raise FileNotFoundError(
+                f"the split {split!r} of {self.folder} has no document: hold out a larger"
+                " share, as in tokenise(..., heldout=0.1)"
+            )
         self.tokens = self._mapped(f"{split}.bin", dtype, size)  # [size], end to end
         self.given = None  # uint8[size]: 1 where a token is given
         if self.facts["given"]:
             self.given = self._mapped(f"{split}.given", np.dtype(np.uint8), size)
         table = self.folder / f"{split}.npy"
         try:
-            index = np.load(table, mmap_mode="r" if count else None)
+            index = np.load(table, mmap_mode="r")
         except (OSError, ValueError) as error:
             raise sources.Damaged(
                 f"{table} cannot be read ({error}): make the store anew"
             ) from None
-        if index.shape != (2, count) or (count and index[0, -1] != size):
+        if index.shape != (2, count) or index[0, -1] != size:
             raise sources.Damaged(
                 f"{table} tells of other documents than store.json: make the store anew"
             )
@@ -191,9 +202,7 @@ class Store:
                 " again, or make it anew"
             )
         # As plain arrays, for slices of a `memmap` are slow to make.
-        return np.asarray(
-            np.memmap(file, dtype, "r", shape=(size,)) if size else np.zeros(0, dtype)
-        )
+        return np.asarray(np.memmap(file, dtype, "r", shape=(size,)))
 
 
 def tokenizer_sha256(tokenizer: Tokenizer) -> str:
@@ -376,6 +385,36 @@ def _facts(folder: Path) -> dict[str, Any]:
         )
     facts = sources.read_json(file)
     sources.check_format(facts, FORMAT, file, VERSION)
+    return facts
+
+
+def _fingerprinted(folder: Path, overwrite: bool) -> dict[str, Any]:
+    """What store.json tells, of any version; nothing where it is damaged and gives way."""
+    try:
+        return sources.read_json(epath.Path(folder / "store.json"))
+    except sources.Damaged as error:
+        if overwrite:
+            return {}
+        raise sources.Damaged(f"{error}, or overwrite it (overwrite=True, --overwrite)") from None
+
+
+def _kept(folder: Path, report: Report) -> dict[str, Any]:
+    """The facts of a store that stays, once all of it opens.
+
+    Raises:
+      FileNotFoundError, dllm_jax.sources.Damaged: it is not whole.
+      BrokenDocument: something was left out of it, and the report is strict.
+    """
+    facts = _facts(folder)
+    for split, about in facts["splits"].items():
+        if about["documents"]:
+            Store(folder, split)
+    if not (folder / "tokenizer" / "tokenizer.json").exists():
+        raise FileNotFoundError(f"{folder} has no tokenizer")
+    troubles = facts["report"]["troubles"]
+    if report.strict and troubles:
+        kind, trouble = next(iter(troubles.items()))
+        report.trouble(kind, trouble["places"][0])
     return facts
 
 

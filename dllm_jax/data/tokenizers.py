@@ -41,7 +41,7 @@ def train_tokenizer(
     heldout: float = 0.0,
     overwrite: bool = False,
 ) -> Tokenizer:
-    """Learns a vocabulary and writes it as a folder that `Tokenizer.load` reads.
+    """Learns a vocabulary and writes it, whole or not at all, as a folder for `Tokenizer.load`.
 
     The same documents and options give the same vocabulary, byte for byte; where the folder has it
     already, it is read.
@@ -95,8 +95,9 @@ def train_tokenizer(
         raise ValueError("the documents hold no text to learn a vocabulary from")
     backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
     path.mkdir(parents=True, exist_ok=True)
-    (path / _TRAINED).unlink(missing_ok=True)
-    backend.save(str(path / "tokenizer.json"))
+    partial = path / "tokenizer.json.partial"
+    backend.save(str(partial))
+    (path / "tokenizer.json").unlink(missing_ok=True)  # it is none until all of it is there
     ends = [EOS, TURNS[1]] if chat else [EOS]
     config = {
         "pad_token": PAD, "mask_token": MASK, "eos_token": EOS,
@@ -109,11 +110,12 @@ def train_tokenizer(
     template.unlink(missing_ok=True)
     if chat:
         template.write_text(TEMPLATE, encoding="utf-8")
-    (path / _TRAINED).write_text(json.dumps(settings, indent=1), encoding="utf-8")  # it is whole
+    (path / _TRAINED).write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    partial.rename(path / "tokenizer.json")
     return Tokenizer.load(path)
 
 
-_TRAINED = "trained.json"  # of what and how; written last
+_TRAINED = "trained.json"  # of what and how
 
 
 def _there(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:

@@ -11,6 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from dllm_jax.ops.product import product
 from dllm_jax.typing import Key, Params
 
 
@@ -43,8 +44,8 @@ def low_rank(
     """The adapter's share of a projection, zero where the gate is shut; 0.0 without an adapter."""
     if pair is None:
         return 0.0
-    inner = jnp.einsum("bqi,ir->bqr", x, pair["in"].astype(x.dtype))
-    delta = jnp.einsum("bqr,r...->bq...", inner, pair["out"].astype(x.dtype)) * scale
+    inner = product(x, pair["in"].astype(x.dtype))
+    delta = product(inner, pair["out"].astype(x.dtype)) * scale
     if gate is None:
         return delta
     return jnp.where(gate.reshape(gate.shape + (1,) * (delta.ndim - 2)), delta, 0)

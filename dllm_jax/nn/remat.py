@@ -6,6 +6,8 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels.platform import device_kind
+
 _POLICIES = jax.checkpoint_policies
 _KEPT: dict[str, Any] = {
     "dots": _POLICIES.checkpoint_dots,
@@ -18,12 +20,13 @@ _KEPT: dict[str, Any] = {
         offload_dst="pinned_host",
     ),
 }
-NAMES = ("none", *_KEPT)
+NAMES = ("none", *_KEPT, "auto")
 """What of each layer is kept for the backward pass, from most memory to least.
 
 none: all that it needs. dots: the products of matrices, those of attention too. dots_no_batch: the
 products with weights. full: the layer's input alone, and all else is computed again. offload: as
-full, with the inputs in the host's memory meanwhile (TPU and GPU).
+full, with the inputs in the host's memory meanwhile (TPU and GPU). auto: what is fastest where
+memory is no matter: none, but on CPUs dots_no_batch, as they compute again faster than they store.
 """
 
 
@@ -43,6 +46,8 @@ def check(remat: str | bool) -> str:
 def rematerialised(layer: Callable, remat: str | bool) -> Callable:
     """The body of a scan over layers, `layer(hidden, x)`, under a setting of `NAMES`."""
     name = check(remat)
+    if name == "auto":
+        name = "dots_no_batch" if device_kind() == "cpu" else "none"
     if name == "none":
         return layer
 

@@ -28,6 +28,7 @@ from dllm_jax.nn.tree import init, param_shapes
 from dllm_jax.ops.embedding import lookup
 from dllm_jax.ops.moe import MoEConfig, Stack, experts, route
 from dllm_jax.ops.norm import rms_norm
+from dllm_jax.ops.product import product
 from dllm_jax.ops.rope import RopeScaling, rope_angles, rotate
 from dllm_jax.sharding import automatic, constrain, spec_of
 from dllm_jax.typing import Params
@@ -313,13 +314,13 @@ def _layer(
     config, gate = context.config, context.gate
     scale = context.adapter.scale if context.adapter else 0.0
 
-    def project(x, weight, name, contract):
-        y = jnp.einsum(contract, x, weight.astype(x.dtype))
+    def project(x, weight, name):
+        y = product(x, weight.astype(x.dtype))
         return y + low_rank(x, adapter.get(name), gate, scale)
 
     p = base["attention"]
     x = rms_norm(hidden, p["norm"], config.norm_eps)
-    q, k, v = (project(x, p[name], name, "bqd,dnh->bqnh") for name in ("q", "k", "v"))
+    q, k, v = (project(x, p[name], name) for name in ("q", "k", "v"))
     if config.qkv_bias:
         q, k, v = (y + p[f"{n}_bias"].astype(y.dtype) for y, n in ((q, "q"), (k, "k"), (v, "v")))
     if config.qk_norm:
@@ -330,16 +331,16 @@ def _layer(
         hole=context.hole, lengths=context.lengths, segments=context.segments,
     )  # fmt: skip
     mixed = mixed.reshape(*mixed.shape[:2], -1)
-    hidden = hidden + project(mixed, p["o"].reshape(-1, config.dim), "o", "bqi,id->bqd")
+    hidden = hidden + project(mixed, p["o"].reshape(-1, config.dim), "o")
     hidden = constrain(hidden, "batch", "length")
     p = base["mlp"]
     x = rms_norm(hidden, p["norm"], config.norm_eps)
     if config.moe and "router" in p:
         hidden = hidden + _mixture(config.moe, p, stack, x)
     else:
-        gated = nn.silu(project(x, p["gate"], "gate", "bqd,df->bqf"))
-        gated = gated * project(x, p["up"], "up", "bqd,df->bqf")
-        hidden = hidden + project(gated, p["down"], "down", "bqf,fd->bqd")
+        gated = nn.silu(project(x, p["gate"], "gate"))
+        gated = gated * project(x, p["up"], "up")
+        hidden = hidden + project(gated, p["down"], "down")
     hidden = constrain(hidden, "batch", "length")
     kv = jnp.concatenate([k, v], axis=-1)  # [B, Q, K, 2 * H]
     return hidden, jnp.moveaxis(kv, 1, 2)

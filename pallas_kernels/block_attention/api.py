@@ -14,6 +14,8 @@ from pallas_kernels.masks import BlockMask
 
 # Scores of a query head: so many that XLA does them in tiles, and so few that a kernel is no use.
 _MOST_SCORES, _FEW_SCORES = 1 << 20, 1 << 16
+# A CPU takes so many queries at a time, or a quarter, so as not to compute what a mask hides.
+_PIECE = 64
 
 
 def block_attention(
@@ -220,7 +222,10 @@ def _xla(static: _Static, arrays: _Arrays):
         arrays = arrays._replace(cache=cache, cache_scale=scale)
     found = arrays._asdict()
     del found["layer"]
-    return reference.block_attention(**found, **static._asdict())
+    causal = cache is None and static.mask.clean_block < static.mask.clean
+    here = causal and platform.device_kind() == "cpu"
+    piece = max(_PIECE, -(-static.mask.clean // 4)) if here else 0
+    return reference.block_attention(**found, **static._asdict(), piece=piece)
 
 
 def _long(static: _Static, arrays: _Arrays):

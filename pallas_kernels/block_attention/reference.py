@@ -34,10 +34,12 @@ class _Own(NamedTuple):
 
 def block_attention(q, k, v, mask: BlockMask, *, cache=None, cache_end=None, cache_scale=None,
                     chosen=None, hole=None, lengths=None, segments=None, own=True, window=0,
-                    scale=None, soft_cap=0.0):  # fmt: skip
+                    scale=None, soft_cap=0.0, piece=0):  # fmt: skip
     """See `pallas_kernels.block_attention`; the output, and the logarithm of each query's sum.
 
     Args:
+      piece: so many clean queries at a time, against the clean keys that one of them may see, which
+        under a causal mask are fewer than all; 0: all at once.
       cache: of the layer, [B, K, S, P].
       cache_scale: of the layer, [B, K, 2].
     """
@@ -53,6 +55,7 @@ def block_attention(q, k, v, mask: BlockMask, *, cache=None, cache_end=None, cac
         if lengths is not None:
             end = jnp.minimum(end, lengths[:, None])
         place = index[None] if lo < clean else end  # of the query among the clean entries
+        most = min(-(-hi // mask.clean_block) * mask.clean_block, clean)  # keys; all, of noisy ones
         found = []
         if cache is not None and cache_end is not None:
             stop = jnp.broadcast_to(cache_end.reshape(batch, -1), (batch, entries))[:, lo:hi]
@@ -77,19 +80,20 @@ def block_attention(q, k, v, mask: BlockMask, *, cache=None, cache_end=None, cac
             values = jnp.where(visible.any(axis=1)[:, None, :, None], values, 0)
             found.append(_Read(cached[..., :size], values, visible))
         if clean and own:
-            slots = jnp.arange(clean)
+            slots = jnp.arange(most)
             visible = slots < end[..., None]
             if window:
                 visible = visible & (slots > place[..., None] - window)
             if segments is not None:
-                same = segments[:, lo:hi, None] == segments[:, None, :clean]
+                same = segments[:, lo:hi, None] == segments[:, None, :most]
                 visible = visible & same
-            found.append(_Read(k[:, :, :clean], v[:, :, :clean], visible))
+            found.append(_Read(k[:, :, :most], v[:, :, :most], visible))
         return found
 
     parts = []
-    if clean:
-        parts.append(_attend(q[:, :, :, :clean], shape, reads(0, clean)))
+    for lo in range(0, clean, piece or max(clean, 1)):
+        hi = min(lo + (piece or clean), clean)
+        parts.append(_attend(q[:, :, :, lo:hi], shape, reads(lo, hi)))
     if entries > clean:
         groups = None
         if own:

@@ -197,15 +197,23 @@ def draw(held: dict[str, Any], path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True)
     names = list(dict.fromkeys(own["mode"] for own in held["runs"].values()))
+    kinds = {"o-": " passes", "s--": "threshold", "x": ""}  # quotas, thresholds, and the others
     for axis, name in zip(axes, ("passes", "overhead"), strict=True):
         for own in held["runs"].values():
-            points = sorted((x[name], 100 * x["accuracy"]) for x in own["ways"].values())
-            colour = f"C{names.index(own['mode'])}"
-            axis.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4)
+            left = dict(own["ways"])
+            for style, words in kinds.items():
+                part = [left.pop(way) for way in list(left) if words in way]
+                points = sorted((x[name], 100 * x["accuracy"]) for x in part)
+                if points:
+                    colour = f"C{names.index(own['mode'])}"
+                    axis.plot(*zip(*points, strict=True), style, color=colour, markersize=5)
         axis.set_xlabel({"passes": "forward passes", "overhead": "entries for a token"}[name])
         axis.set_xscale("log")
     for number, name in enumerate(names):
         axes[0].plot([], [], color=f"C{number}", label=name)
+    for style, words in kinds.items():
+        label = {" passes": "so many passes", "": "one token a pass"}.get(words, words)
+        axes[0].plot([], [], style, color="grey", label=label)
     axes[0].set_ylabel("questions answered right, %")
     axes[0].legend()
     figure.tight_layout()
