@@ -57,12 +57,12 @@ class Diffusion:
 
     Named settings: LLaDA's pretraining is `MaskNoise(counts="independent", beta=1e-3)` (2502.09992,
     equation 3; with `predict_mask`), its fine-tuning the same with divisor "rows" (equation 5: a
-    row's loss over its answer's length); MDLM `MaskNoise(counts="independent")`, MD4 with a
-    schedule; BD3-LM
-    `MaskNoise(block_size=4, counts="independent", beta=0.3, omega=0.8)`; LLaDA2's fine-tuning that
-    with `weighting="flat"` and divisor "learnt"; Fast-dLLM v2 besides `complementary`; GIDD
-    `MixedNoise()`; DiffusionGemma `UniformNoise(block_size=256, weighting="flat")` with
-    `self_conditioning=0.5` and `ar_weight=1`; a joint model of two modes any with `ar_weight`.
+    row's loss over its answer's length); MDLM `MaskNoise(counts="independent")`, MD4 that with a
+    schedule; BD3-LM `MaskNoise(block_size=4, counts="independent", beta=0.3, omega=0.8)`; LLaDA2's
+    fine-tuning that with `weighting="flat"` and divisor "learnt"; Fast-dLLM v2 besides
+    `complementary`; GIDD `MixedNoise()`; DiffusionGemma `UniformNoise(block_size=256,
+    weighting="flat")` with `self_conditioning=0.5` and `ar_weight=1`; a joint model of two modes
+    any with `ar_weight`.
     """
 
     noise: Noise = MaskNoise()
