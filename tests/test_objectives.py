@@ -453,7 +453,7 @@ def test_mixed_noise_draws_what_it_says():
     chance = lambda stream: jax.random.uniform(jax.random.key(stream), shape)  # noqa: E731
     true, false = jnp.ones(shape, bool), jnp.zeros(shape, bool)
     noisy = noise.draw(
-        chance, jnp.full((count, 1), 0.3), jnp.full(shape, 2), true, false, config
+        chance, jnp.full((count, 1), 0.3**0.25), jnp.full(shape, 2), true, false, config
     ).tokens
     stays, masks, random = (float(x) for x in noise.shares(jnp.float32(0.3)))
     counts = np.bincount(np.asarray(noisy).ravel(), minlength=V)

@@ -91,7 +91,7 @@ def test_conversations_are_laid_out_by_the_template(folder):
     assert opening + TOKENIZER.encode("Why?") + closing == TOKENIZER.chat("Why?")
     source = Conversations(folder, "train")
     assert len(source) > 4, "few questions end in time: the test shows too little"
-    for tokens, prompt in source:
+    for tokens, prompt, *_ in source:
         row = tokens.tolist()
         question = row[len(opening) : prompt - len(closing)]
         assert row[:prompt] == opening + question + closing
@@ -101,7 +101,7 @@ def test_conversations_are_laid_out_by_the_template(folder):
         assert 1 <= len(answer) <= 6
         assert END not in answer[:-1]
         assert answer[-1] == END or len(answer) == 6
-    assert {len(tokens) - prompt == 6 for tokens, prompt in source} == {True, False}
+    assert {len(tokens) - prompt == 6 for tokens, prompt, *_ in source} == {True, False}
 
 
 def test_a_part_is_a_function_of_model_seed_split_and_number(model, folder, tmp_path):
