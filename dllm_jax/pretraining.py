@@ -202,11 +202,7 @@ def train(config: Train) -> tuple[Any, Params]:
     fit = config.fit
     mesh = mesh_for(fit.batch, accumulate=fit.accumulate, fsdp=config.fsdp, tensor=config.tensor)
     model, params = start(config.model, fit.seed, mesh, config.param_dtype)
-    own = getattr(model.config, "remat", "none")
-    remat = config.remat or ("auto" if own == "none" else own)
-    settings = dict(dtype=config.dtype, remat=remat)
-    given = {name: value for name, value in settings.items() if value is not None}
-    model = dataclasses.replace(model.config, **given).build()
+    model = trained_as(config, model.config).build()
     source, heldout = sources(config.data)
     used = 1 if mesh is None else mesh.size
     count = sum(x.size for x in jax.tree.leaves(params))
@@ -226,6 +222,12 @@ def train(config: Train) -> tuple[Any, Params]:
         write(folder, model, params, tokenizer_of(config.model, config.data), config.recipe)
         say(f"step {step}: the model is in {folder}")
     return model, params
+
+
+def trained_as(config: Train, own: Any) -> Any:
+    """An architecture with the dtype and the remat policy that it is trained with."""
+    remat = config.remat or ("auto" if own.remat in ("none", False) else own.remat)
+    return dataclasses.replace(own, dtype=config.dtype or own.dtype, remat=remat)
 
 
 def start(

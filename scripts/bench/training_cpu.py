@@ -33,6 +33,7 @@ from safetensors.numpy import save_file
 from dllm_jax import training
 from dllm_jax.bench.ceilings import rate
 from dllm_jax.bench.report import provenance
+from dllm_jax.pretraining import trained_as
 from dllm_jax.training.throughput import step_flops
 
 HERE = Path(__file__).parent
@@ -113,7 +114,7 @@ class Ours:
 
     def __init__(self, name: str):
         train = runpy.run_path(str(HERE.parents[1] / "configs" / f"{name}.py"))["config"]
-        config = dataclasses.replace(train.model, dtype=train.dtype, remat=train.remat)
+        config = trained_as(train, train.model)
         self.train, self.model = train, config.build()
         self.params: Any = self.model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))[
             "params"
