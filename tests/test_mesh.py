@@ -311,7 +311,10 @@ BLOCKS = dict(attention="block_causal", block_size=4, alignment="shifted")
 OBJECTIVES = {
     "masked": (WHOLE, losses.Diffusion(confidence_weight=0.5)),
     "mixed": (WHOLE, losses.Diffusion(noise=MixedNoise())),
-    "blocks": (BLOCKS, losses.Diffusion(noise=MaskNoise(block_size=4), complementary=True)),
+    "blocks": (
+        BLOCKS,
+        losses.Diffusion(noise=MaskNoise(block_size=4, weighting="flat"), complementary=True),
+    ),
     "documents": (BLOCKS, losses.Diffusion(noise=MaskNoise(block_size=4))),
     "autoregressive": ({}, losses.Autoregressive()),
     "distillation": (

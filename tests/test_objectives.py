@@ -552,10 +552,11 @@ def test_bad_settings_are_told_so():
         (Diffusion(noise=plain, ar_weight=1.0), "of a causal model"),
         (Diffusion(noise=MaskNoise(block_size=3)), "must be the same"),
         (Diffusion(noise=plain, complementary=True), "no sample"),
-        (DualStream(), "for causal models"),
     ):
         with pytest.raises(ValueError, match=said):
             objective.loss(*blocks, BATCH, key)
+    with pytest.raises(ValueError, match="for causal models"):
+        DualStream().loss(*model_of("bidirectional"), BATCH, key)
     outside = tiny(adapter=True, vocab_size=V)
     with pytest.raises(ValueError, match="within the vocabulary"):
         Diffusion(noise=MixedNoise(block_size=2)).loss(*outside, BATCH, key)

@@ -26,7 +26,11 @@ from pallas_kernels import BlockMask
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DualStream:
-    """The joint objective; static under jit."""
+    """The joint objective; static under jit.
+
+    It is made for causal models. Of a block-causal one a clean token sees its own block, in which a
+    noisy block may begin: `Diffusion` trains those, in whole blocks.
+    """
 
     noise: MaskedBlocks = MaskedBlocks()
     # An adapter that only masks feel cannot change the clean stream: 0 saves its logits.
@@ -71,10 +75,8 @@ class DualStream:
         tokens, lengths, mask_id = batch["tokens"], batch["lengths"], model.config.mask_id
         if mask_id is None:
             raise ValueError("the model has no mask token to train; set mask_id in its config")
-        if model.config.attention != "causal":
-            raise ValueError(
-                f"the dual stream is for causal models; this one is {model.config.attention}"
-            )
+        if model.config.attention == "bidirectional":
+            raise ValueError("the dual stream is for causal models; this one is bidirectional")
         if "segments" in batch or "given" in batch:
             raise ValueError("one text a row here, whose given tokens are its prompt")
         noisy = self.noise.draw(key, tokens, lengths, batch["prompts"], mask_id)
