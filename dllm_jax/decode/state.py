@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import multihost_utils
 
+from dllm_jax import distributed
 from dllm_jax.cache import AXES, KVCache
 from dllm_jax.sharding import automatic, placed, spec_of
 
@@ -94,12 +94,8 @@ class Result:
     @property
     def stop_reasons(self) -> list[str]:
         """Why each row ended: "end_of_turn" or "length"."""
-        codes = self.stop
-        if not getattr(
-            codes, "is_fully_addressable", True
-        ):  # rows of other processes: all ask, all get all
-            codes = multihost_utils.process_allgather(codes, tiled=True)
-        return [STOP_REASONS[int(code)] for code in jax.device_get(codes)]
+        codes = distributed.fetched(self.stop)  # of all processes: all ask, all get all
+        return [STOP_REASONS[int(code)] for code in codes]
 
 
 def lies(path: str, shape: tuple[int, ...]) -> Any:

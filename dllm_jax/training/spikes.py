@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from dllm_jax import distributed
 from dllm_jax.typing import Key
@@ -43,7 +42,7 @@ def save_spike(run: Path, step: int, batch: dict[str, Any], key: Key) -> Path:
     Args:
       key: of the run; the step's noise is of `fold_in(key, step - 1)`.
     """
-    whole: dict[str, Any] = {name: _whole(x) for name, x in batch.items()}
+    whole: dict[str, Any] = distributed.fetched(batch)
     path = run / "spikes" / f"step-{step}.npz"
     if distributed.is_first():
         noise = np.asarray(jax.random.key_data(jax.random.fold_in(key, step - 1)))
@@ -62,9 +61,3 @@ def read_spike(path: str | Path) -> tuple[dict[str, np.ndarray], Key]:
     with np.load(path) as file:
         arrays = dict(file)
     return arrays, jax.random.wrap_key_data(arrays.pop("noise"))
-
-
-def _whole(x: Any) -> np.ndarray:
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        x = multihost_utils.process_allgather(x, tiled=True)
-    return np.asarray(x)
