@@ -6,13 +6,14 @@
 
 Trains what is not trained yet (`<run>` of each config, `<run>-<seed>` of later seeds), then answers
 test questions in several ways (an order of writing, and how many tokens a pass writes), or measures
-bits a character of held-out text. Writes OUT.json as it goes, and goes on from what it holds;
-OUT.md; and of tasks OUT.png.
+bits a character of held-out text and writes samples. Writes OUT.json as it goes, and goes on from
+what it holds; OUT.md; and of tasks OUT.png.
 """
 
 import dataclasses
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ import jax
 import numpy as np
 import tyro
 
-from dllm_jax import checkpoint, experiments, pretraining, recipes, tasks, training
+from dllm_jax import checkpoint, experiments, generate, pretraining, recipes, tasks, training
 from dllm_jax.bench.report import provenance
 from dllm_jax.cli.training import load_config
 
 STEPS, THRESHOLDS = (1, 2, 4, 8, 16, 32), (0.5, 0.8, 0.9, 0.95, 0.99)
+GIVEN, WRITTEN = 64, 192  # tokens of a sample: of held-out text, and the model's
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,9 @@ def asked(
             own["bits"] = dict(bits(model, params, config.fit.steps))
             print(run, own["bits"], flush=True)
             yield
+        if "samples" not in own:
+            own["samples"] = list(samples(config, model, params))
+            yield
         return
     task = config.data.task
     for number, (way, recipe) in enumerate(ways(config, task)):
@@ -107,6 +112,31 @@ def asked(
         }  # fmt: skip
         print(run, way, own["ways"][way], flush=True)
         yield
+
+
+def samples(config: pretraining.Train, model: Any, params: Any) -> Iterator[dict[str, Any]]:
+    """How the model goes on from the first held-out row, drawn at temperature 1."""
+    data: Any = config.data
+    opening = data.source("heldout")[0].tokens[:GIVEN].tolist()
+    size = model.config.block_size
+    if model.config.attention == "bidirectional":
+        drawn = partial(recipes.llada, block_size=0, remasking="random", temperature=1.0)
+        asked = {"one token a pass": drawn(), "4 a pass": drawn(steps_per_block=WRITTEN // 4)}
+    elif model.config.attention == "block_causal":
+        drawn = partial(recipes.sdar, block_size=size, temperature=1.0)
+        asked = {
+            "one token a pass": drawn(order="sequential"),
+            "4 a pass": drawn(order="static", steps_per_block=size // 4),
+        }
+    else:
+        asked = {"one token a pass": recipes.ar(temperature=1.0)}
+    for way, recipe in asked.items():
+        found = generate(
+            model, params, [opening], recipe=recipe, max_new_tokens=WRITTEN, key=jax.random.key(0)
+        )
+        text = found.tokens[0, : found.lengths[0]].tolist()
+        given, said = (data.tokenizer.decode(ids) for ids in (opening, text))
+        yield {"way": way, "passes": float(found.nfe[0]), "given": given, "text": said}
 
 
 def ways(config: pretraining.Train, task: tasks.Task) -> Iterator[tuple[str, recipes.Recipe]]:
@@ -165,13 +195,18 @@ def table(held: dict[str, Any]) -> str:
             f" {own[0]['rows']:,} | {mean('hours'):.2f} | {mean('loss'):.3f} |"
         )
     if any("bits" in own for own in held["runs"].values()):
-        lines += ["", "| run | bits a character, held out | of them the noise's error |"]
-        lines += ["|---|---|---|"]
+        head = ("run", "bits a character, held out", "more than the first", "the noise's error")
+        lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        first = None
         for mode, own in modes.items():
             each = [x["bits"]["per_character"] for x in own if "bits" in x]
+            first = np.mean(each) if first is None else first
             spread = f" ± {np.std(each, ddof=1):.3f}" if len(each) > 1 else ""
             error = np.mean([x["bits"]["stderr"] for x in own if "bits" in x])
-            lines.append(f"| {mode} | {np.mean(each):.3f}{spread} | {error:.3f} |")
+            lines.append(
+                f"| {mode} | {np.mean(each):.3f}{spread} | {np.mean(each) - first:+.3f} |"
+                f" {error:.3f} |"
+            )
     if any(own["ways"] for own in held["runs"].values()):
         lines += ["", "| run | way | questions | accuracy, % | passes | overhead |"]
         lines += ["|---|---|---|---|---|---|"]
@@ -185,6 +220,11 @@ def table(held: dict[str, Any]) -> str:
                 f"| {mode} | {way} | {each[0]['count']:,} | {100 * np.mean(accuracy):.1f} ±"
                 f" {100 * error:.1f} | {passes:.1f} | {overhead:.2f} |"
             )
+    for mode, own in modes.items():
+        for sample in own[0].get("samples", ()):
+            lines += ["", f"{mode}, {sample['way']} ({sample['passes']:.0f} passes):", ""]
+            shown = f"{sample['given']}|{sample['text']}"  # a bar where the model begins
+            lines += [f"    {line}" for line in shown.splitlines()]
     return "\n".join(lines) + "\n"
 
 
