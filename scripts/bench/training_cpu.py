@@ -1,15 +1,18 @@
 """Training steps of configs/sudoku.py and configs/text.py, against eager PyTorch, on the CPU.
 
     python -m venv /tmp/tv && /tmp/tv/bin/pip install torch numpy safetensors
+    export GLIBC_TUNABLES=glibc.malloc.hugetlb=1
     python scripts/bench/training_cpu.py --out scripts/bench/results/training-cpu \\
         --torch-python /tmp/tv/bin/python
 
 Two processes, this one and that of training_torch.py, take turns on the same model, weights, batch,
-objective and threads, in float32, warm, a few steps a turn: masked diffusion of 81 tokens, weights
-flat on the masks, and an autoregressive model of 256. First the losses of both must agree to 1e-4
-on the same weights and noise. Tokens are random: nothing here depends on them. Then the model FLOPs
-of a step against the machine's rate of matrix products, measured before and after. Writes
-<out>.json and <out>.md; about three minutes on two cores.
+objective and threads, warm, a few steps a turn: masked diffusion of 81 tokens, weights flat on the
+masks, and an autoregressive model of 256. In float32; and with products of bfloat16, in JAX
+`jax_default_matmul_precision`, in PyTorch `torch.autocast`. First the losses of both must agree on
+the same weights and noise. Tokens are random: nothing here depends on them. Then the model FLOPs of
+a step against the machine's rate of float32 products, measured before and after. Writes <out>.json
+and <out>.md; about six minutes on two cores. Before it, for both sides, GLIBC_TUNABLES as above:
+memory in huge pages, which the report names.
 """
 
 import dataclasses
@@ -22,7 +25,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +54,8 @@ class Duel:
     """A Python that has torch, numpy and safetensors."""
     configs: tuple[str, ...] = tuple(NAMES)
     """Which of the two."""
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
+    """Of products."""
     threads: int = 2
     turns: int = 8
     """Of each side."""
@@ -65,8 +70,9 @@ def main(config: Duel) -> None:
         "settings": {k: str(v) for k, v in dataclasses.asdict(config).items()},
         **provenance(),
         "threads": config.threads,
+        "malloc": os.environ.get("GLIBC_TUNABLES", ""),
         "load_before": os.getloadavg(),
-        "rows": [duel(name, config) for name in config.configs],
+        "rows": [duel(name, dtype, config) for name in config.configs for dtype in config.dtypes],
         "load_after": os.getloadavg(),
     }
     config.out.parent.mkdir(parents=True, exist_ok=True)
@@ -76,14 +82,15 @@ def main(config: Duel) -> None:
     print(table)
 
 
-def duel(name: str, config: Duel) -> dict[str, Any]:
+def duel(name: str, dtype: str, config: Duel) -> dict[str, Any]:
     """Both sides in turn on one of the configs."""
+    jax.config.update("jax_default_matmul_precision", None if dtype == "float32" else dtype)
     ours = Ours(name)
     with tempfile.TemporaryDirectory() as folder:
         ours.write(Path(folder))
-        with Theirs(config, Path(folder)) as theirs:
+        with Theirs(config, Path(folder), dtype) as theirs:
             losses = ours.loss(), theirs.ask("loss")
-            if abs(losses[0] - losses[1]) > 1e-4:
+            if abs(losses[0] - losses[1]) > {"float32": 1e-4, "bfloat16": 1e-2}[dtype]:
                 raise SystemExit(f"{name}: the losses of the same weights differ: {losses}")
             sides = {"ours": ours.steps, "theirs": partial(theirs.ask, "steps")}
             for side in sides.values():
@@ -95,7 +102,9 @@ def duel(name: str, config: Duel) -> dict[str, Any]:
                     seconds[side] += steps(count=config.steps)["seconds"]
             rates.append(rate("float32"))
             about = theirs.ask("about")
-    found: dict[str, Any] = {"config": name, "losses": losses, **about, "tokens": ours.size}
+    found: dict[str, Any] = {
+        "config": name, "dtype": dtype, "losses": losses, **about, "tokens": ours.size
+    }  # fmt: skip
     for side, spent in seconds.items():
         found[side] = {
             "seconds": spent, "median": statistics.median(spent), "least": min(spent)
@@ -176,8 +185,8 @@ class Ours:
 class Theirs:
     """training_torch.py in a process of its own."""
 
-    def __init__(self, config: Duel, folder: Path):
-        command = [config.torch_python, HERE / "training_torch.py", folder, config.threads]
+    def __init__(self, config: Duel, folder: Path, dtype: str):
+        command = [config.torch_python, HERE / "training_torch.py", folder, config.threads, dtype]
         self.process = subprocess.Popen(
             list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -204,13 +213,14 @@ def markdown(report: dict[str, Any]) -> str:
         f"{report['device']}, {report['threads']} threads, jax {versions['jax']}, torch "
         f"{rows[0]['torch']}, {report['date']}, commit {report['commit']}; load "
         f"{report['load_before'][0]:.1f} before, {report['load_after'][0]:.1f} after (2: the two "
-        "cores are taken). Trained tokens a second of the same steps on both sides, in turn, in "
-        f"float32; median, and the fastest step. MFU: model FLOPs of the fastest step against "
-        f"products of large matrices, at best {best / 1e9:.0f} GFLOP/s.",
+        "cores are taken). Trained tokens a second of the same steps on both sides, in turn; "
+        f"median, and the fastest step; memory: `{report['malloc'] or 'as it comes'}` on both "
+        "sides. MFU: model FLOPs of the fastest step against float32 products of large matrices, "
+        f"at best {best / 1e9:.0f} GFLOP/s.",
         "",
-        "| model | dllm_jax, tokens/s | eager PyTorch, tokens/s | ratio, median | ratio, fastest "
-        "| MFU | PyTorch's |",
-        "|---|---|---|---|---|---|---|",
+        "| model | products | dllm_jax, tokens/s | eager PyTorch, tokens/s | ratio, median "
+        "| ratio, fastest | MFU | PyTorch's |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         rates = {
@@ -222,8 +232,9 @@ def markdown(report: dict[str, Any]) -> str:
             f"{rates[side, 'median']} ({rates[side, 'least']})" for side in ("ours", "theirs")
         )
         lines.append(
-            f"| {NAMES[row['config']]} | {' | '.join(speeds)} | {row['ratio_median']:.2f}x "
-            f"| {row['ratio_least']:.2f}x | {row['ours']['mfu']:.0%} | {row['theirs']['mfu']:.0%} |"
+            f"| {NAMES[row['config']]} | {row['dtype']} | {' | '.join(speeds)} "
+            f"| {row['ratio_median']:.2f}x | {row['ratio_least']:.2f}x | {row['ours']['mfu']:.0%} "
+            f"| {row['theirs']['mfu']:.0%} |"
         )
     return "\n".join(lines) + "\n"
 

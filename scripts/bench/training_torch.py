@@ -1,10 +1,10 @@
 """Training of our small models in plain eager PyTorch: the other side of training_cpu.
 
-    python training_torch.py FOLDER THREADS       (torch, numpy and safetensors are all it needs)
+    python training_torch.py FOLDER THREADS DTYPE   (torch, numpy and safetensors are all it needs)
 
 What a PyTorch user would write: an nn.Module, scaled_dot_product_attention, cross-entropy of the
-learnt positions alone, clip_grad_norm_, AdamW. Requests come as lines of JSON on stdin; answers go
-to stdout.
+learnt positions alone, clip_grad_norm_, AdamW; torch.autocast where DTYPE is bfloat16. Requests
+come as lines of JSON on stdin; answers go to stdout.
 """
 
 import json
@@ -22,7 +22,7 @@ from torch import nn
 def main() -> None:
     """Answers requests until stdin ends."""
     torch.set_num_threads(int(sys.argv[2]))
-    side = Side(Path(sys.argv[1]))
+    side = Side(Path(sys.argv[1]), getattr(torch, sys.argv[3]))
     jobs = {"about": about, "loss": side.loss, "steps": side.steps}
     for line in sys.stdin:
         request = json.loads(line)
@@ -37,7 +37,8 @@ def about() -> dict[str, Any]:
 class Side:
     """The model, its optimiser and its data."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, dtype: torch.dtype):
+        self.dtype = dtype
         self.config = json.loads((folder / "config.json").read_text())
         arrays = load_file(folder / "arrays.safetensors")
         self.tokens = arrays.pop("tokens").long()  # [S, B, L]: batches
@@ -77,10 +78,13 @@ class Side:
 
     def _loss(self, tokens, noisy, learnt):
         """Mean nats: of the next tokens, or of the masked ones."""
-        if not self.config["masked"]:
-            scores = self.model(tokens)[:, :-1]
-            return F.cross_entropy(scores.flatten(0, 1), tokens[:, 1:].flatten())
-        scores = self.model(noisy)[learnt]
+        masked = self.config["masked"]
+        narrow = self.dtype != torch.float32
+        with torch.autocast("cpu", self.dtype if narrow else None, enabled=narrow):
+            scores = self.model(noisy if masked else tokens)
+        if not masked:
+            return F.cross_entropy(scores[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+        scores = scores[learnt].float()
         scores[:, self.config["mask_id"]] = -torch.inf
         return F.cross_entropy(scores, tokens[learnt])
 
