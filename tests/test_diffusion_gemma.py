@@ -13,6 +13,8 @@ from safetensors.numpy import save_file
 
 from dllm_jax.cache import append, cut
 from dllm_jax.checkpoint import load, save
+from dllm_jax.corruption import NoisyText, UniformNoise
+from dllm_jax.losses import Diffusion
 from dllm_jax.models import diffusion_gemma
 from dllm_jax.models.export import published_tensors
 from dllm_jax.nn import gemma
@@ -275,3 +277,46 @@ def test_a_fresh_model_fits_its_tree():
 def test_bad_configurations_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **changes)
+
+
+# Training
+
+
+def test_a_row_is_told_what_a_first_read_expects():
+    """The objective's loss, against a canvas read once, and twice, by the steps of decoding."""
+    model, size, prompt = CONFIG.build(), CONFIG.canvas_length, 3
+    draw = np.random.default_rng(1)
+    tokens, noise = draw.integers(6, 24, (2, prompt + size)), draw.integers(6, 24, (2, size))
+    weights = jnp.asarray(draw.uniform(0.5, 1.0, (2, size)), jnp.float32)
+    tokens, noise = jnp.asarray(tokens, jnp.int32), jnp.asarray(noise, jnp.int32)
+
+    nats = []
+    for row, twice in (0, True), (1, False):
+        run = partial(apply, CONFIG, PARAMS)
+        before = run(tokens[row : row + 1, :prompt]).kv
+        kept = append(model.cache(1, 16), before, jnp.full(1, prompt))
+        mask = BlockMask.block_diagonal(size)
+        out = run(noise[row : row + 1], mask=mask, cache=kept)
+        if twice:
+            probs = jax.nn.softmax(logits_of(model, PARAMS, out.hidden))
+            carry = soft_embed(CONFIG, PARAMS, probs)
+            out = run(noise[row : row + 1], mask=mask, cache=kept, carry=carry)
+        logs = jax.nn.log_softmax(logits_of(model, PARAMS, out.hidden)[0])
+        nats.append(-jnp.take_along_axis(logs, tokens[row, prompt:, None], axis=-1)[:, 0])
+    expected = (weights * jnp.stack(nats)).sum() / (2 * size)
+
+    objective = Diffusion(
+        noise=UniformNoise(block_size=size, weighting="flat"), divide="learnt",
+        self_conditioning=0.5,
+    )  # fmt: skip
+    behind = lambda x: jnp.pad(x, ((0, 0), (0, size)))[:, None]  # noqa: E731  # no text is there
+    noisy = NoisyText(behind(noise), jnp.full((2, 1, 2 * size), 0.5), behind(weights))
+    batch = {
+        "tokens": tokens, "prompts": jnp.full(2, prompt), "lengths": jnp.full(2, prompt + size)
+    }  # fmt: skip
+    found = [
+        objective.score(model, PARAMS, objective.given(model, batch, noisy, jnp.array(told)))[0]
+        for told in ([True, False], [False, False])
+    ]
+    np.testing.assert_allclose(found[0], expected, rtol=1e-5)
+    assert abs(found[1] - found[0]) > 1e-3 * abs(found[0])
