@@ -135,15 +135,9 @@ def text_modes(
     if length is None or length % 16:
         raise ValueError(f"length={length}: rows must be packed, in blocks of 16")
     backbone = _backbone(
-        -(-data.vocab_size // 64) * 64,
-        length,
-        layers,
-        dim,
-        heads,
-        mask_id=1,
-        pad_id=0,
+        -(-data.vocab_size // 64) * 64, length, layers, dim, heads, mask_id=1, pad_id=0,
         eos_ids=(2,),
-    )
+    )  # fmt: skip
     budget = _Budget(run, flops, batch, optimiser, fit)
 
     def made(name: str, objective: Any, **changes: Any) -> Train:

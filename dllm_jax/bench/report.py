@@ -40,7 +40,7 @@ def provenance() -> dict[str, Any]:
         "platform": device.platform,
         "versions": {name: _version(name) for name in ("jax", "jaxlib", "libtpu", "torch")},
         "date": time.strftime("%Y-%m-%d"),
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -57,7 +57,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Of the tree that the package is in, if it is in one; `+` where that has changes."""
     folder = Path(__file__).parent
     git = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--exclude=*"]

@@ -30,7 +30,8 @@ def _rounded(x, weight) -> bool:
     """Whether the operands are bfloat16, or meant to be."""
     if x.dtype != weight.dtype or x.dtype not in (jnp.bfloat16, jnp.float32):
         return False
-    return x.dtype == jnp.bfloat16 or jax.config.jax_default_matmul_precision == "bfloat16"
+    wanted = jax.config.jax_default_matmul_precision  # pyrefly: ignore
+    return x.dtype == jnp.bfloat16 or wanted == "bfloat16"
 
 
 @jax.custom_vjp

@@ -13,7 +13,6 @@ Minutes on two cores.
 import dataclasses
 import json
 import os
-import subprocess
 import time
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ import numpy as np
 import tyro
 
 import dllm_jax as dj
+from dllm_jax.bench.report import commit
 from dllm_jax.cache import append
 from dllm_jax.nn.head import logits_of
 from dllm_jax.nn.transformer import forward
@@ -71,9 +71,7 @@ def main(options: Options) -> None:
         "jax": jax.__version__,
         "cores": os.cpu_count(),
         "date": time.strftime("%Y-%m-%d"),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip(),
+        "commit": commit(),
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")

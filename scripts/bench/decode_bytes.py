@@ -17,7 +17,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
+from dllm_jax.bench.report import commit
 from dllm_jax.bench.traffic import Moved, traffic
 from dllm_jax.cache import KVCache
 from dllm_jax.nn.gemma import GemmaConfig
@@ -204,11 +204,10 @@ def brief(text: str) -> str:
 
 def write(rows: list[dict[str, Any]], out: Path) -> None:
     """<out>.json and <out>.md."""
-    commit = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     report = {
         "jax": jax.__version__,
         "date": time.strftime("%Y-%m-%d"),
-        "commit": subprocess.run(commit, capture_output=True, text=True, check=True).stdout.strip(),
+        "commit": commit(),
         "block": BLOCK,
         "rows": rows,
     }

@@ -11,7 +11,6 @@ goes, and keeps what is there already: remove them to begin anew.
 import dataclasses
 import json
 import os
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import jax
 import tyro
 
+from dllm_jax.bench.report import commit
 from dllm_jax.plan import plan
 
 
@@ -79,11 +79,10 @@ def rest(r: dict[str, Any]) -> int:
 
 def write(rows: list[dict[str, Any]], options: Options) -> None:
     """<out>.json, <out>.md and, where matplotlib is there, <out>.png."""
-    commit = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     report = {
         "jax": jax.__version__,
         "date": time.strftime("%Y-%m-%d"),
-        "commit": subprocess.run(commit, capture_output=True, text=True, check=True).stdout.strip(),
+        "commit": commit(),
         "topology": options.topology,
         "batch": options.batch,
         "rows": rows,

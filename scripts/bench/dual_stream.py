@@ -13,7 +13,6 @@ import dataclasses
 import json
 import os
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from dllm_jax.bench.report import commit
 from dllm_jax.testing.aot import temporary_bytes
 from pallas_kernels import BlockMask, block_attention
 from pallas_kernels.block_attention import flash_steps
@@ -74,9 +74,7 @@ def main(options: Options) -> None:
         "jax": jax.__version__,
         "cores": os.cpu_count(),
         "date": time.strftime("%Y-%m-%d"),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip(),
+        "commit": commit(),
         "load": os.getloadavg(),
         "length": options.length,
         "shape": [options.heads, options.kv_heads, options.size],

@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 import tyro
 
+from dllm_jax.bench.report import commit
+
 HERE = Path(__file__).parent
 PARTS = ("passes over the canvas", "passes over the block", "vocabulary and choice", "the rest")
 
@@ -62,7 +64,7 @@ def main(config: Duel) -> None:
         "device": _cpu(),
         "versions": {"python": platform.python_version(), **ours.about(), **theirs.ask("about")},
         "date": time.strftime("%Y-%m-%d"),
-        "commit": _commit(),
+        "commit": commit(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "load_before": os.getloadavg(),
     }
@@ -344,13 +346,6 @@ def _cpu() -> str:
     named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     flags = next((line for line in lines if line.startswith("flags")), "")
     return f"{named[0] if named else platform.processor()}{' (AVX-512)' * ('avx512f' in flags)}"
-
-
-def _commit() -> str:
-    git = partial(subprocess.run, capture_output=True, text=True, cwd=HERE)
-    found = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
-    changed = git(["git", "status", "--porcelain", "../../dllm_jax", "../../pallas_kernels"]).stdout
-    return (found or "unknown") + (" with changes" if changed else "")
 
 
 if __name__ == "__main__":

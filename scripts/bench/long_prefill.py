@@ -15,7 +15,6 @@ import json
 import math
 import os
 import resource
-import subprocess
 import time
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
@@ -25,6 +24,8 @@ from typing import Any
 
 import numpy as np
 import tyro
+
+from dllm_jax.bench.report import commit
 
 BLOCK = 32
 
@@ -64,9 +65,7 @@ def main(options: Options) -> None:
         "load": os.getloadavg(),
         "jax": version("jax"),
         "date": time.strftime("%Y-%m-%d"),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip(),
+        "commit": commit(),
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for length in options.lengths:

@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ import numpy as np
 import optax
 
 from dllm_jax import generate, make_mesh
+from dllm_jax.bench.report import commit
 from dllm_jax.corruption import MaskedBlocks
 from dllm_jax.losses import DualStream
 from dllm_jax.nn.transformer import forward
@@ -55,7 +55,7 @@ def main() -> int:
     jax.config.update("jax_disable_most_optimizations", True)  # it is compiling that takes long
     file = arguments.out.with_suffix(".json")
     held = json.loads(file.read_text()) if file.exists() else {}
-    own = held.setdefault(jax.__version__, {"commit": _commit(), "rows": {}})
+    own = held.setdefault(jax.__version__, {"commit": commit(), "rows": {}})
     deadline = time.monotonic() + 60 * arguments.minutes
     for name in arguments.programs or PROGRAMS:
         if name in own["rows"] or time.monotonic() > deadline:
@@ -161,13 +161,6 @@ PROGRAMS: dict[str, Program] = {
     "training, experts": training("llada2"),
     **{name: decoding(name) for name in SYSTEMS},
 }
-
-
-def _commit() -> str:
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
-    )
-    return found.stdout.strip()
 
 
 def tables(held: dict[str, Any]) -> str:

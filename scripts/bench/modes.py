@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import platform
-import subprocess
 import time
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 import tyro
 
 import dllm_jax as dj
+from dllm_jax.bench.report import commit
 from dllm_jax.nn.head import logits_of
 from dllm_jax.nn.transformer import forward
 
@@ -65,7 +65,7 @@ def main(config: Modes) -> None:
         "cores": os.cpu_count(),
         "versions": {"python": platform.python_version(), "jax": jax.__version__},
         "date": time.strftime("%Y-%m-%d"),
-        "commit": report.get("commit", {}) | dict.fromkeys(config.parts, _commit()),
+        "commit": report.get("commit", {}) | dict.fromkeys(config.parts, commit()),
     }
     if "alone" in config.parts:
         report["alone"] = alone(ask, rows, config)
@@ -279,13 +279,6 @@ def picture(report: dict, path: Path) -> None:
     axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-
-
-def _commit() -> str:
-    found = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=PROMPTS.parent
-    )
-    return found.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ GOLDENS is a folder of folders in the format of `dllm_jax.testing.replay`.
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import jax
 
+from dllm_jax.bench.report import commit
 from dllm_jax.testing.replay import replay
 
 
@@ -28,11 +28,8 @@ def main() -> int:
         for line in replay(folder):
             print(json.dumps(line), flush=True)
             lines.append(line)
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
-    ).stdout.strip()
     about = {
-        "commit": commit,
+        "commit": commit(),
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
         "seconds": round(time.time() - started),

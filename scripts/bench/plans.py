@@ -9,7 +9,6 @@ remove them to begin anew. From seconds to minutes a plan.
 import dataclasses
 import json
 import os
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import jax
 import tyro
 
+from dllm_jax.bench.report import commit
 from dllm_jax.plan import plan
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -90,11 +90,10 @@ def refreshed(name: str, own: dict[str, Any]) -> dict[str, Any]:
 
 def write(plans: dict[str, Any], options: Options) -> None:
     """<out>.json and <out>.md."""
-    commit = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     report = {
         "jax": jax.__version__,
         "date": time.strftime("%Y-%m-%d"),
-        "commit": subprocess.run(commit, capture_output=True, text=True, check=True).stdout.strip(),
+        "commit": commit(),
         "effort": options.effort,
         "plans": plans,
     }

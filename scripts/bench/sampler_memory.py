@@ -9,7 +9,6 @@ an 8B LLaDA around it. Needs the extra `aot`; writes <out>.json and <out>.md. A 
 
 import dataclasses
 import json
-import subprocess
 import time
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
+from dllm_jax.bench.report import commit
 from dllm_jax.testing.aot import compile_for, temporary_bytes
 from pallas_kernels import BlockMask, token_stats
 
@@ -50,9 +50,7 @@ def main(options: Options) -> None:
         "chip": options.chip,
         "jax": jax.__version__,
         "date": time.strftime("%Y-%m-%d"),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip(),
+        "commit": commit(),
         "rows": rows,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)

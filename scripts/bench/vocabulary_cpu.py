@@ -12,7 +12,6 @@ import dataclasses
 import json
 import os
 import statistics
-import subprocess
 import time
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from dllm_jax.bench.report import commit
 from dllm_jax.nn.transformer import TransformerConfig, forward
 from dllm_jax.testing.aot import temporary_bytes
 from pallas_kernels import BlockMask, token_stats
@@ -80,9 +80,7 @@ def main(options: Options) -> None:
         "jax": jax.__version__,
         "cores": os.cpu_count(),
         "date": time.strftime("%Y-%m-%d"),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip(),
+        "commit": commit(),
         "load": os.getloadavg(),
         "rows": rows,
     }
