@@ -163,6 +163,7 @@ def adapt(config: Adapt) -> None:
     say(f"{len(source)} rows{told}; {device}")
     tx = config.optimiser.build(config.steps, settings)
     state = training.create(params, names, tx)
+    params = {name: own for name, own in params.items() if name not in state.trainable}
     about = {"data": data, "objective": config.objective or config.noise}
     step, started = 0, time.monotonic()
     with interrupts() as interrupted:  # a signal in the last step of a phase ends the run too

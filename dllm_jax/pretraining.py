@@ -209,6 +209,7 @@ def train(config: Train) -> tuple[Any, Params]:
     say(f"{count:,} parameters, {len(source):,} rows; {used} x {jax.devices()[0].device_kind}")
     tx = config.optimiser.build(fit.steps, model.config)
     state = training.create(params, config.names or tuple(params), tx)
+    params = {name: own for name, own in params.items() if name not in state.trainable}
     asked = {name: partial(ask, model) for name, ask in config.evaluations.items()}
     state = training.fit(
         config.run, fit, model, params, state, config.objective, tx, source, heldout,

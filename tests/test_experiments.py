@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dllm_jax import pretraining, tasks, training
+from dllm_jax import tasks, training
 from dllm_jax.data import CorpusData, Row
 from dllm_jax.experiments import Bits, modes, text_modes
 from dllm_jax.likelihood import bound
@@ -94,19 +94,6 @@ def test_bits_are_a_bound_for_a_diffusion_model():
     nats = -float(np.asarray(below.mean).sum())
     np.testing.assert_allclose(found["per_character"], nats / math.log(2) / 90, rtol=1e-5)
     assert 0 < found["stderr"] < found["per_character"]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_sudoku_is_learnt(tmp_path):
-    """4x4 in a few minutes: nearly all puzzles, in an order of the model's own."""
-    run = modes(
-        dataclasses.replace(PROMPT, pool=256), canvas=dataclasses.replace(SUDOKU, pool=256),
-        run=tmp_path, dim=64, layers=4, flops=4e11,
-    ).masked  # fmt: skip
-    model, params = pretraining.train(run)
-    (asked,) = run.evaluations.values()
-    assert asked(model, params, 0)["accuracy"] > 0.9
 
 
 @pytest.mark.slow

@@ -321,7 +321,7 @@ def test_a_signal_in_the_last_step_of_a_phase_ends_the_run(base, tmp_path, monke
 
 def test_a_model_keeps_its_own_settings_where_a_run_has_none(monkeypatch):
     given = []
-    monkeypatch.setattr(training, "fit", lambda *rest, **_: given.append(rest[2:4]) or 1 / 0)
+    monkeypatch.setattr(training, "fit", lambda *rest, **_: given.append(rest[2:5]) or 1 / 0)
     own = dataclasses.replace(
         toy_config.config.model, dtype="bfloat16", param_dtype="bfloat16", remat="full"
     )
@@ -332,9 +332,10 @@ def test_a_model_keeps_its_own_settings_where_a_run_has_none(monkeypatch):
     ):
         with pytest.raises(ZeroDivisionError):
             pretraining.train(run)
-        model, params = given.pop()
+        model, frozen, state = given.pop()
         assert (model.config.dtype, model.config.remat) == (dtype, remat)
-        assert params["embed"].dtype == jnp.bfloat16
+        assert not frozen  # what is trained is held once
+        assert state.trainable["embed"].dtype == jnp.bfloat16
 
 
 def test_a_run_may_hold_nothing_out(capsys):

@@ -152,6 +152,15 @@ def test_a_step_compiles_once_fresh_or_restored(tmp_path, folder):
     assert step._step._cache_size() == 1
 
 
+def test_a_run_that_goes_on_makes_room_for_what_it_reads(tmp_path, folder, monkeypatch):
+    fit(tmp_path, folder, steps=2, evaluate_every=0)
+    create, given = training.create, []
+    monkeypatch.setattr(training, "create", lambda *all: given.append(create(*all)) or given[-1])
+    fit(tmp_path, folder, steps=3, evaluate_every=0)
+    assert given
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
+
+
 @pytest.mark.parametrize("after_save", [1, 4])
 def test_a_crash_costs_the_steps_since_the_last_save_and_nothing_else(
     tmp_path, folder, whole, after_save

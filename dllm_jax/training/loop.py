@@ -122,8 +122,10 @@ def fit(
     signal to any of them.
 
     Args:
-      params: all parameters, on one device or on a mesh; with many processes, on one of them all.
-      state: a fresh state (`create`); replaced by the folder's newest checkpoint when there is one.
+      params: those that are not trained, on one device or on a mesh; with many processes, on one of
+        them all. Those that `state` trains may be among them: they then stay in memory twice.
+      state: a fresh state (`create`), which is donated; replaced by the folder's newest checkpoint
+        when there is one.
       rules: those that the parameters were placed by.
       evaluations: what is asked of all parameters (of their average, where one is kept) every
         `config.evaluate_every` steps, by all processes. Numbers go into the metrics as
@@ -148,7 +150,8 @@ def fit(
             f"length={config.length} is more than the model's max_length={model.config.max_length}"
         )
     run.mkdir(parents=True, exist_ok=True)
-    mesh = training_mesh(params)
+    placed = {**params, **state.trainable}
+    mesh = training_mesh(placed)
     feed = Feed(config.batch, mesh, rules, parts=config.accumulate)
     shape = dict(batch=config.batch, length=config.length)
     pad_id = model.config.pad_id
@@ -176,7 +179,8 @@ def fit(
     first, alone = distributed.is_first(), jax.process_count() == 1
     watch = Watch(run, key)
     meter = Meter(*_rates(config, model, objective, state, 1 if mesh is None else mesh.size))
-    with scope(params), records.interrupts() as interrupted:
+    with scope(placed), records.interrupts() as interrupted:
+        del placed
         state = _restore(folder, state, data, own)
         done = began = int(state.step)
 
@@ -309,6 +313,8 @@ def _restore(
         what = f"the checkpoint of step {step} does not fit this run"
         checkpoints.check(saved, target, what, advice)
         check_same(facts["numbers"], own)
+        for leaf in jax.tree.leaves(state):  # make room
+            leaf.delete()
         return checkpoints.read(path, target), facts
 
     found = checkpoints.restore_newest(folder, load)

@@ -1,0 +1,44 @@
+"""Small instances of tasks, each learnt within a minute or two: 0.1M to 0.25M parameters.
+
+    dllm-jax train tests/learning_config.py:addition      # also _block, _tri, _ar
+
+`tests/test_learning.py` says what they come to.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from dllm_jax import experiments
+from dllm_jax.tasks import Addition, Brackets, Countdown, PathStar, Recall, Repair, Sudoku, Task
+
+
+def modes(task: Task, *, flops: float, canvas: Task | None = None, layers: int = 2):
+    """The modes of a task, asked after the last step alone."""
+    return experiments.modes(
+        task, canvas=canvas, run=Path("runs/learning") / task.name, flops=flops, layers=layers,
+        dim=64, evaluate_every=1_000_000, save_every=1_000_000,
+    )  # fmt: skip
+
+
+addition, addition_block, addition_tri, addition_ar = modes(
+    Addition(digits=2), canvas=Addition(digits=2, layout="canvas"), flops=4e11
+)
+brackets, brackets_block, brackets_tri, brackets_ar = modes(
+    Brackets(kinds=2, longest=8, holes=1, hole=2), flops=4e11
+)
+countdown, countdown_block, countdown_tri, countdown_ar = modes(Countdown(numbers=2), flops=12e11)
+repair, repair_block, repair_tri, repair_ar = modes(
+    Repair(words=2), canvas=Repair(words=2, layout="canvas"), flops=12e11
+)
+path_star = modes(
+    PathStar(degree=2, path=3, names=5),
+    canvas=PathStar(degree=2, path=3, names=5, layout="canvas"), flops=12e11,
+).masked  # fmt: skip
+recall = modes(
+    Recall(context=12, key=1, value=1),
+    canvas=Recall(context=12, key=1, value=1, layout="canvas"), flops=12e11,
+).masked  # fmt: skip
+_sudoku = Sudoku(size=4, pool=256)
+sudoku = modes(
+    dataclasses.replace(_sudoku, layout="prompt"), canvas=_sudoku, flops=4e11, layers=4
+).masked
