@@ -7,7 +7,6 @@ attention and its alignment, is a change of its config; how it learns that is th
 
 import dataclasses
 import json
-import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -28,18 +27,8 @@ from dllm_jax.pretraining import ConversationData, Data, Evaluation
 from dllm_jax.recipes import Recipe
 from dllm_jax.sharding import shardings
 from dllm_jax.training.feed import gathered, mesh_for
-from dllm_jax.training.records import interrupts
+from dllm_jax.training.phases import listed
 from dllm_jax.typing import Params
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Phase:
-    """A part of a run with blocks of its own size."""
-
-    until: int
-    """The step that ends it."""
-    block_size: int
-    """0: the whole text is one block, and attention bidirectional."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +56,7 @@ class Adapt:
     """Blocks, and how they are masked, where there is no other objective."""
     objective: Objective | None = None
     """What is minimised; None: the dual stream, with `noise`."""
-    phases: tuple[Phase, ...] = ()
+    phases: tuple[training.Phase, ...] = ()
     """Block sizes, one after the other; the last one holds until the end. Of the noise, and of
     attention where it is not causal. The data and the schedule go on (LLaDA2, 2512.15745: up from
     1, the whole text, down again)."""
@@ -124,9 +113,7 @@ class Adapt:
     """Checkpoints of steps that it divides are kept too."""
 
     def __post_init__(self):
-        ends = [phase.until for phase in self.phases]
-        if ends != sorted(set(ends)):
-            raise ValueError(f"phases end at {ends}: each must end after the one before it")
+        training.check_phases(self.phases)
         if self.adapter is None and self.init is not None:
             raise ValueError("init is an adapter to start from: give adapter a size, or drop init")
 
@@ -165,22 +152,12 @@ def adapt(config: Adapt) -> None:
     state = training.create(params, names, tx)
     params = {name: own for name, own in params.items() if name not in state.trainable}
     about = {"data": data, "objective": config.objective or config.noise}
-    step, started = 0, time.monotonic()
-    with interrupts() as interrupted:  # a signal in the last step of a phase ends the run too
-        for until, size in _phases(config):
-            model, objective = _of_size(settings, config, size)
-            left = None
-            if config.minutes is not None:
-                left = config.minutes - (time.monotonic() - started) / 60
-            asked = {name: partial(ask, model) for name, ask in config.evaluations.items()}
-            state = training.fit(
-                config.run, _fit(config, until, left), model, params, state, objective, tx, source,
-                heldout, evaluations=asked, about=about,
-            )  # fmt: skip
-            step = int(state.step)
-            if step < until or distributed.any_process(interrupted()):
-                break
-    model, objective = _of_size(settings, config, _size_at(config, step))
+    model, objective = built(settings, config)
+    state, model = training.fit_phases(
+        config.run, _fit(config), config.phases, model, params, state, objective, tx, source,
+        heldout, evaluations=config.evaluations, about=about,
+    )  # fmt: skip
+    step = int(state.step)
     gated = settings.adapter is not None and settings.adapter.gated
     default = config.run / ("adapter" if gated else "model")
     folder = config.export or (default if step == config.steps else None)
@@ -247,47 +224,14 @@ def _fresh(settings: TransformerConfig, params: Params, config: Adapt, mesh: Mes
     return init({"embed": params["embed"]})
 
 
-def _phases(config: Adapt) -> list[tuple[int, int | None]]:
-    """(the step that ends it, its block size) of each phase; None: as the settings say."""
-    if not config.phases:
-        return [(config.steps, None)]
-    sizes: list[int | None] = [phase.block_size for phase in config.phases]
-    ends = [min(phase.until, config.steps) for phase in config.phases[:-1]]
-    found, before = [], 0
-    for until, size in zip([*ends, config.steps], sizes, strict=True):
-        if until > before:  # else the run ends before it begins
-            found.append((until, size))
-        before = until
-    return found
-
-
-def _size_at(config: Adapt, step: int) -> int | None:
-    """As `_phases`: the block size of the phase that made a step."""
-    phases = _phases(config)
-    return next((size for until, size in phases if step <= until), phases[-1][1])
-
-
-def _of_size(
-    settings: TransformerConfig, config: Adapt, size: int | None
-) -> tuple[Transformer, Objective]:
-    """The model and the objective of a phase."""
+def built(settings: TransformerConfig, config: Adapt) -> tuple[Transformer, Objective]:
+    """The model, with the blocks of the noise where no phases change them, and the objective."""
     first = settings.adapter.first_layer if settings.adapter else 0
-    objective: Any = config.objective or DualStream(noise=config.noise, frozen_layers=first)
-    if size is None:
-        own = _block_size(objective)
-        if settings.attention == "block_causal" and own:
-            settings = dataclasses.replace(settings, block_size=own)
-        return Transformer(settings), objective
-    if _block_size(objective) is None:
-        raise ValueError(
-            f"phases change the block size of an objective's noise, and "
-            f"{type(objective).__name__} has none"
-        )
-    noise = dataclasses.replace(objective.noise, block_size=size)
-    if settings.attention != "causal":
-        attention = "block_causal" if size else "bidirectional"
-        settings = dataclasses.replace(settings, attention=attention, block_size=max(size, 1))
-    return Transformer(settings), dataclasses.replace(objective, noise=noise)
+    objective = config.objective or DualStream(noise=config.noise, frozen_layers=first)
+    own = _block_size(objective)
+    if settings.attention == "block_causal" and own and not config.phases:
+        settings = dataclasses.replace(settings, block_size=own)
+    return Transformer(settings), objective
 
 
 def _block_size(objective: Any) -> int | None:
@@ -295,13 +239,11 @@ def _block_size(objective: Any) -> int | None:
     return getattr(getattr(objective, "noise", None), "block_size", None)
 
 
-def _fit(config: Adapt, until: int, minutes: float | None) -> training.Fit:
-    """The settings of the loop until the end of a phase: those that are named alike."""
+def _fit(config: Adapt) -> training.Fit:
+    """The settings of the loop: those that are named alike."""
     shared = {field.name for field in dataclasses.fields(training.Fit)}
     given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    chosen: dict[str, Any] = {name: value for name, value in given.items() if name in shared}
-    chosen |= {"steps": until, "minutes": minutes}
-    return training.Fit(**chosen)
+    return training.Fit(**{name: value for name, value in given.items() if name in shared})
 
 
 def _meta(config: Adapt, step: int, rows: int, answers: int | None) -> dict[str, Any]:
@@ -310,13 +252,12 @@ def _meta(config: Adapt, step: int, rows: int, answers: int | None) -> dict[str,
     if config.init is not None:
         before = json.loads((config.init / "adapter.json").read_text())["meta"]
     seen, begun = before["noisy_tokens_seen"], 0
-    for until, size in _phases(config):
-        blocks = config.noise.blocks * (size or config.noise.block_size)
-        seen, begun = seen + max(min(until, step) - begun, 0) * blocks * config.batch, until
-    size, own = (
-        _size_at(config, step),
-        _block_size(config.objective or DualStream(noise=config.noise)),
-    )
+    blocks = _block_size(config.objective or DualStream(noise=config.noise))
+    for until, size in listed(config.phases, config.steps):
+        if size is not None and begun < max(step, 1):
+            blocks = size
+        tokens = config.noise.blocks * (size or config.noise.block_size) * config.batch
+        seen, begun = seen + max(min(until, step) - begun, 0) * tokens, until
     return {
         "base": config.model,
         "steps": before["steps"] + step,
@@ -324,7 +265,7 @@ def _meta(config: Adapt, step: int, rows: int, answers: int | None) -> dict[str,
         "init": before if config.init else None,
         "conversations": rows,
         "answer_tokens": answers,
-        "block_size": own if size is None else size,
+        "block_size": blocks,
         "device": jax.devices()[0].device_kind,
         "settings": _plain(config),
     }

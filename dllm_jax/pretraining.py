@@ -11,7 +11,6 @@ A config is a file in `configs/` too, which `dllm-jax train` takes, every field 
 
 import dataclasses
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -167,6 +166,10 @@ class Train:
     """What is minimised."""
     fit: OmitArgPrefixes[training.Fit]
     """How long, and how it is looked at."""
+    phases: tuple[training.Phase, ...] = ()
+    """Block sizes, one after the other; the last one holds until the end. Of the noise, and of
+    attention where it is not causal. The data and the schedule go on (BD3-LM, 2503.09573: first the
+    whole text, at half the price, then blocks)."""
     optimiser: training.Optimiser = training.Optimiser()
     """What moves the parameters."""
     names: tuple[str, ...] = ()
@@ -191,6 +194,9 @@ class Train:
     recipe: Fixed[Recipe | None] = None
     """How the model that is written is decoded by default."""
 
+    def __post_init__(self) -> None:
+        training.check_phases(self.phases)
+
 
 def train(config: Train) -> tuple[Any, Params]:
     """Trains, or goes on training, and writes the model; on as many processes as call it together.
@@ -210,10 +216,10 @@ def train(config: Train) -> tuple[Any, Params]:
     tx = config.optimiser.build(fit.steps, model.config)
     state = training.create(params, config.names or tuple(params), tx)
     params = {name: own for name, own in params.items() if name not in state.trainable}
-    asked = {name: partial(ask, model) for name, ask in config.evaluations.items()}
-    state = training.fit(
-        config.run, fit, model, params, state, config.objective, tx, source, heldout,
-        evaluations=asked, about={"data": config.data, "objective": config.objective},
+    about = {"data": config.data, "objective": config.objective}
+    state, model = training.fit_phases(
+        config.run, fit, config.phases, model, params, state, config.objective, tx, source, heldout,
+        evaluations=config.evaluations, about=about,
     )  # fmt: skip
     params, step = {**params, **training.trained(state)}, int(state.step)
     folder = config.export or (config.run / "model" if step == fit.steps else None)

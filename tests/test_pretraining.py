@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 
 from dllm_jax import adaptation, checkpoint, pretraining, recipes, training
-from dllm_jax.adaptation import Adapt, Phase
+from dllm_jax.adaptation import Adapt
 from dllm_jax.cli import main
 from dllm_jax.cli.training import load_config
 from dllm_jax.corruption import MaskNoise
 from dllm_jax.data import Row, StoreData, tokenise
 from dllm_jax.generation_config import load_recipe
-from dllm_jax.losses import Diffusion
+from dllm_jax.losses import Autoregressive, Diffusion
 from dllm_jax.nn.adapters import AdapterConfig
 from dllm_jax.nn.transformer import Transformer, forward
 from dllm_jax.testing import tiny
-from dllm_jax.training import records
+from dllm_jax.training import phases, records
 from dllm_jax.training.feed import mesh_for
 from tests import test_cli, toy_config
 
@@ -207,8 +207,8 @@ def base(tmp_path_factory) -> Path:
     return folder
 
 
-def phase(until: int, block_size: int) -> Phase:
-    return Phase(until=until, block_size=block_size)
+def phase(until: int, block_size: int) -> training.Phase:
+    return training.Phase(until=until, block_size=block_size)
 
 
 def adapt_to(base: Path, run: Path, **fields) -> Adapt:
@@ -256,7 +256,7 @@ def test_block_sizes_follow_each_other_and_interruptions_leave_no_trace(
     clock = SimpleNamespace(monotonic=lambda: next(ticks))
     with monkeypatch.context() as patch:
         patch.setattr(training.loop, "time", clock)
-        patch.setattr(adaptation, "time", SimpleNamespace(monotonic=lambda: 0.0))
+        patch.setattr(phases, "time", SimpleNamespace(monotonic=lambda: 0.0))
         adaptation.adapt(dataclasses.replace(part, minutes=1.5 / 60))
     assert rows(tmp_path / "parts")[-1]["step"] == 2  # within the second phase
     adaptation.adapt(part)
@@ -268,17 +268,37 @@ def test_block_sizes_follow_each_other_and_interruptions_leave_no_trace(
     assert one[0].config.block_size == 2
 
 
-def test_a_phase_is_its_own_model_and_objective(base, tmp_path):
-    config = adapt_to(base, tmp_path, adapter=None)
-    settings = adaptation.adapted(checkpoint.load(base)[0].config, config)
-    assert adaptation._phases(config) == [(1, 1), (3, 4), (4, 2)]
-    model, objective = adaptation._of_size(settings, config, 0)
-    assert (model.config.attention, objective.noise.block_size) == ("bidirectional", 0)
-    model, objective = adaptation._of_size(settings, config, 4)
-    assert (model.config.block_size, objective.noise.block_size) == (4, 4)
-    causal = dataclasses.replace(settings, attention="causal")
-    model, objective = adaptation._of_size(causal, config, 4)
-    assert (model.config.attention, objective.noise.block_size) == ("causal", 4)
+def test_a_phase_is_its_own_model_and_objective():
+    assert phases.listed((phase(1, 1), phase(3, 4), phase(9, 2)), 4) == [(1, 1), (3, 4), (4, 2)]
+    objective = Diffusion(noise=MaskNoise(block_size=2))
+    model, _ = tiny(adapter=False, attention="block_causal", block_size=2)
+    assert phases.of_size(model, objective, None) == (model, objective)
+    own, aim = phases.of_size(model, objective, 0)
+    assert (own.config.attention, aim.noise.block_size) == ("bidirectional", 0)
+    own, aim = phases.of_size(model, objective, 4)
+    assert (own.config.block_size, aim.noise.block_size) == (4, 4)
+    causal, _ = tiny(adapter=False, attention="causal")
+    own, aim = phases.of_size(causal, objective, 4)
+    assert (own.config.attention, aim.noise.block_size) == ("causal", 4)
+    with pytest.raises(ValueError, match="Autoregressive has none"):
+        phases.of_size(causal, Autoregressive(), 4)
+    with pytest.raises(ValueError, match="each must end after"):
+        dataclasses.replace(toy_config.config, phases=(phase(3, 4), phase(3, 2)))
+
+
+def test_a_run_begins_with_the_whole_text_and_ends_in_blocks(tmp_path):
+    asked = []
+    config = dataclasses.replace(
+        toy_config.config, run=tmp_path, data=Counting(), recipe=None,
+        model=tiny(adapter=False, mask_id=31, attention="block_causal", block_size=2)[0].config,
+        objective=Diffusion(noise=MaskNoise(block_size=2)), phases=(phase(2, 0), phase(3, 2)),
+        evaluations={"model": lambda model, *_: asked.append(model.config.attention) or {}},
+    )  # fmt: skip
+    model, _ = pretraining.train(config)
+    assert asked == ["bidirectional", "block_causal"]
+    for found in (model, checkpoint.load(tmp_path / "model")[0]):
+        assert (found.config.attention, found.config.block_size) == ("block_causal", 2)
+    assert [row["step"] for row in rows(tmp_path) if "loss" in row] == [1, 2, 3]
 
 
 def test_blocks_of_attention_are_those_of_the_noise(base, tmp_path):
@@ -286,18 +306,16 @@ def test_blocks_of_attention_are_those_of_the_noise(base, tmp_path):
     config = dataclasses.replace(config, objective=Diffusion(noise=MaskNoise(block_size=8)))
     settings = adaptation.adapted(checkpoint.load(base)[0].config, config)
     assert settings.block_size != 8
-    assert adaptation._of_size(settings, config, None)[0].config.block_size == 8
+    assert adaptation.built(settings, config)[0].config.block_size == 8
     meta = adaptation._meta(config, 4, 24, None)
     assert meta["block_size"] == 8
 
 
 def test_phases_that_a_shorter_run_does_not_reach_are_none(base, tmp_path):
     config = adapt_to(base, tmp_path, steps=3)
-    assert adaptation._phases(config) == [(1, 1), (3, 4)]
-    found = [adaptation._size_at(config, step) for step in range(1, 5)]
-    assert found == [1, 4, 4, 4]
-    assert adaptation._meta(config, 1, 24, None)["block_size"] == 1
-    assert adaptation._meta(config, 3, 24, None)["block_size"] == 4
+    assert phases.listed(config.phases, config.steps) == [(1, 1), (3, 4)]
+    found = [adaptation._meta(config, step, 24, None)["block_size"] for step in range(1, 4)]
+    assert found == [1, 4, 4]
 
 
 def test_a_signal_in_the_last_step_of_a_phase_ends_the_run(base, tmp_path, monkeypatch, capsys):
@@ -309,7 +327,7 @@ def test_a_signal_in_the_last_step_of_a_phase_ends_the_run(base, tmp_path, monke
             signal.raise_signal(signal.SIGTERM)
         return dataclasses.replace(state, step=jnp.int32(config.steps))
 
-    monkeypatch.setattr(training, "fit", fit)
+    monkeypatch.setattr(phases, "fit", fit)
     config = adapt_to(base, tmp_path, adapter=None, keep=5, evaluations={"mine": lambda *_: {}})
     adaptation.adapt(config)
     ((config, evaluations, about),) = given
@@ -321,7 +339,7 @@ def test_a_signal_in_the_last_step_of_a_phase_ends_the_run(base, tmp_path, monke
 
 def test_a_model_keeps_its_own_settings_where_a_run_has_none(monkeypatch):
     given = []
-    monkeypatch.setattr(training, "fit", lambda *rest, **_: given.append(rest[2:5]) or 1 / 0)
+    monkeypatch.setattr(phases, "fit", lambda *rest, **_: given.append(rest[2:5]) or 1 / 0)
     own = dataclasses.replace(
         toy_config.config.model, dtype="bfloat16", param_dtype="bfloat16", remat="full"
     )

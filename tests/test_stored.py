@@ -1,11 +1,13 @@
 """Stores as configs of training name them."""
 
 import dataclasses
+import shutil
 
 import pytest
 
 from dllm_jax.data import CORPORA, CorpusData, Packed, Store, StoreData, tokenise, train_tokenizer
 from dllm_jax.data.corpora import Bundled
+from dllm_jax.training.identity import described
 
 
 def test_documents_or_packed_rows_of_a_store(tmp_path):
@@ -22,6 +24,19 @@ def test_documents_or_packed_rows_of_a_store(tmp_path):
     assert data.tokenizer.encode("ab") == tokenizer.encode("ab")
     with pytest.raises(FileNotFoundError, match="no store"):
         StoreData(folder=tmp_path).source("train")
+
+
+def test_a_store_is_what_it_holds_wherever_it_lies(tmp_path):
+    tokenizer = train_tokenizer([], 300, tmp_path / "tokenizer", kind="byte")
+    for name, word in (("one", "text"), ("other", "word")):
+        tokenise([f"{word} {i}" for i in range(9)], tokenizer, tmp_path / name)
+    data = StoreData(folder=tmp_path / "one", length=16)
+    before = described(data)
+    shutil.move(data.folder, tmp_path / "moved")
+    assert described(dataclasses.replace(data, folder=tmp_path / "moved")) == before
+    for changes in ({"folder": tmp_path / "other"}, {"length": 8}, {"documents": True}):
+        changed = {"folder": tmp_path / "moved", **changes}
+        assert described(dataclasses.replace(data, **changed)) != before
 
 
 def test_a_corpus_is_made_at_its_first_use(tmp_path, monkeypatch):

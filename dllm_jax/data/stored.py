@@ -44,6 +44,11 @@ class StoreData:
         """What the rows are made of."""
         return Store(self.folder, split)
 
+    def identity(self) -> str:
+        """What its rows are, wherever they lie: a run goes on where they have moved to."""
+        made = Store(self.folder).facts["fingerprint"]
+        return f"{made}, length={self.length}, whole={self.whole}, documents={self.documents}"
+
     @property
     def tokenizer(self) -> Tokenizer:
         """The one that the tokens are of."""

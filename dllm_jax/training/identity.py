@@ -10,9 +10,11 @@ def described(thing: Any) -> str:
     """A settings object in words that are the same in every process, and in later versions.
 
     Of a dataclass, the fields that are not as they are by default: one that is added later changes
-    no description of an older run.
+    no description of an older run. What has an `identity` says itself what it is.
     """
     kind = type(thing)
+    if hasattr(thing, "identity"):
+        return f"{kind.__name__}({thing.identity()})"
     if dataclasses.is_dataclass(thing):
         fields = [f"{f.name}={described(getattr(thing, f.name))}" for f in _changed(thing)]
         return f"{kind.__name__}({', '.join(fields)})"

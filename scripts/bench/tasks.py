@@ -197,16 +197,13 @@ def table(held: dict[str, Any]) -> str:
     if any("bits" in own for own in held["runs"].values()):
         head = ("run", "bits a character, held out", "more than the first", "the noise's error")
         lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-        first = None
+        first: list[float] = []
         for mode, own in modes.items():
             each = [x["bits"]["per_character"] for x in own if "bits" in x]
-            first = np.mean(each) if first is None else first
-            spread = f" ± {np.std(each, ddof=1):.3f}" if len(each) > 1 else ""
+            first = first or each
+            more = [one - other for one, other in zip(each, first, strict=False)]  # seed by seed
             error = np.mean([x["bits"]["stderr"] for x in own if "bits" in x])
-            lines.append(
-                f"| {mode} | {np.mean(each):.3f}{spread} | {np.mean(each) - first:+.3f} |"
-                f" {error:.3f} |"
-            )
+            lines.append(f"| {mode} | {spread(each)} | {spread(more, '+')} | {error:.3f} |")
     if any(own["ways"] for own in held["runs"].values()):
         lines += ["", "| run | way | questions | accuracy, % | passes | overhead |"]
         lines += ["|---|---|---|---|---|---|"]
@@ -226,6 +223,12 @@ def table(held: dict[str, Any]) -> str:
             shown = f"{sample['given']}|{sample['text']}"  # a bar where the model begins
             lines += [f"    {line}" for line in shown.splitlines()]
     return "\n".join(lines) + "\n"
+
+
+def spread(each: list[float], sign: str = "") -> str:
+    """A mean, and the deviation of several."""
+    deviation = f" ± {np.std(each, ddof=1):.3f}" if len(each) > 1 else ""
+    return f"{np.mean(each):{sign}.3f}{deviation}"
 
 
 def draw(held: dict[str, Any], path: Path) -> None:
