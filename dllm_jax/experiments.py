@@ -24,7 +24,6 @@ from dllm_jax.nn.transformer import TransformerConfig
 from dllm_jax.pretraining import Data, Evaluation, TaskAccuracy, TaskData, Train
 from dllm_jax.tasks import Task
 from dllm_jax.training.loop import Found
-from dllm_jax.training.phases import of_size
 from dllm_jax.training.throughput import step_flops
 from dllm_jax.typing import Params
 
@@ -130,8 +129,7 @@ def text_modes(
     """The runs of a corpus, packed into rows: with the weights of the bound, which is measured.
 
     Arguments as of `modes`. Held-out bits a character are exact for the autoregressive model, and
-    an upper bound for the others. Those in blocks begin with half of the FLOPs on masked diffusion
-    of whole rows, which needs one stream (BD3-LM, 2503.09573, begins so).
+    an upper bound for the others.
     """
     length = data.length
     if length is None or length % 16:
@@ -142,14 +140,14 @@ def text_modes(
     )  # fmt: skip
     budget = _Budget(run, flops, batch, optimiser, fit)
 
-    def made(name: str, objective: Any, sizes: tuple[int, ...] = (), **changes: Any) -> Train:
+    def made(name: str, objective: Any, **changes: Any) -> Train:
         config = dataclasses.replace(backbone, **changes)
         asked = {"bits": Bits(data=data)}
-        return budget.run(name, data, config, objective, length, asked, sizes)
+        return budget.run(name, data, config, objective, length, asked)
 
     def in_blocks(size: int) -> Train:
         return made(
-            f"block_{size}", Diffusion(noise=MaskNoise(block_size=size)), sizes=(0, size),
+            f"block_{size}", Diffusion(noise=MaskNoise(block_size=size)),
             attention="block_causal", alignment="same_position", block_size=size,
         )  # fmt: skip
 
@@ -255,21 +253,12 @@ class _Budget(NamedTuple):
 
     def run(
         self, name: str, data: Data, model: TransformerConfig, objective: Any, length: int,
-        evaluations: Mapping[str, Evaluation], sizes: tuple[int, ...] = (),
+        evaluations: Mapping[str, Evaluation],
     ) -> Train:  # fmt: skip
-        """A run of so many steps as the FLOPs are good for: as many FLOPs in each size."""
-        ends = []
-        for size in sizes or (None,):
-            own, aim = of_size(model.build(), objective, size)
-            entries = aim.entries(self.batch, length)
-            work = step_flops(own.config, model.tree(), entries=entries, length=length)
-            part = max(round(self.flops / max(len(sizes), 1) / work), 1)
-            ends.append(part + (ends[-1] if ends else 0))
-        steps = ends[-1]
-        phases = [
-            training.Phase(until=until, block_size=size)
-            for until, size in zip(ends, sizes, strict=False)
-        ]
+        """A run of so many steps as the FLOPs are good for."""
+        entries = objective.entries(self.batch, length)
+        work = step_flops(model, model.tree(), entries=entries, length=length)
+        steps = max(round(self.flops / work), 1)
         settings: dict[str, Any] = {
             "log_every": 20, "save_every": 250, "evaluate_every": max(steps // 4, 1), **self.fit
         }  # fmt: skip
@@ -277,5 +266,4 @@ class _Budget(NamedTuple):
         return Train(
             run=self.folder / name, data=data, model=model, objective=objective,
             optimiser=self.optimiser or _optimiser(steps), fit=fit, evaluations=evaluations,
-            phases=tuple(phases),
         )  # fmt: skip
