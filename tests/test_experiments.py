@@ -33,7 +33,7 @@ TEXT = CorpusData(folder=Path("nowhere"), length=64, kind="char", vocab_size=96)
     [
         modes(PROMPT, canvas=SUDOKU, run=Path("runs"), flops=1e12),
         modes(tasks.Addition(digits=3), run=Path("runs"), flops=1e12),
-        text_modes(TEXT, run=Path("runs"), flops=1e12),
+        text_modes(TEXT, run=Path("runs"), flops=1e12)[:4],
     ],
     ids=["sudoku", "addition", "text"],
 )
@@ -48,6 +48,12 @@ def test_runs_have_the_same_parameters_and_flops(runs):
         assert abs(works[-1] - 1e12) <= step / 2 + 1
     assert len(set(sizes)) == 1
     assert len({run.run for run in runs}) == len(runs)
+
+
+def test_masked_rows_are_as_many_as_those_in_blocks():
+    runs = text_modes(TEXT, run=Path("runs"), flops=1e12)
+    assert runs.masked_rows.fit.steps == runs.block_16.fit.steps < runs.masked.fit.steps
+    assert runs.masked_rows.model == runs.masked.model
 
 
 def test_rows_of_a_corpus_must_be_whole_blocks():
