@@ -27,7 +27,7 @@ from dllm_jax.pretraining import ConversationData, Data, Evaluation
 from dllm_jax.recipes import Recipe
 from dllm_jax.sharding import shardings
 from dllm_jax.training.feed import gathered, mesh_for
-from dllm_jax.training.phases import listed
+from dllm_jax.training.phases import block_size_of, listed
 from dllm_jax.typing import Params
 
 
@@ -228,15 +228,10 @@ def built(settings: TransformerConfig, config: Adapt) -> tuple[Transformer, Obje
     """The model, with the blocks of the noise where no phases change them, and the objective."""
     first = settings.adapter.first_layer if settings.adapter else 0
     objective = config.objective or DualStream(noise=config.noise, frozen_layers=first)
-    own = _block_size(objective)
+    own = block_size_of(objective)
     if settings.attention == "block_causal" and own and not config.phases:
         settings = dataclasses.replace(settings, block_size=own)
     return Transformer(settings), objective
-
-
-def _block_size(objective: Any) -> int | None:
-    """Of an objective's noise; None where it has none."""
-    return getattr(getattr(objective, "noise", None), "block_size", None)
 
 
 def _fit(config: Adapt) -> training.Fit:
@@ -252,7 +247,7 @@ def _meta(config: Adapt, step: int, rows: int, answers: int | None) -> dict[str,
     if config.init is not None:
         before = json.loads((config.init / "adapter.json").read_text())["meta"]
     seen, begun = before["noisy_tokens_seen"], 0
-    blocks = _block_size(config.objective or DualStream(noise=config.noise))
+    blocks = block_size_of(config.objective or DualStream(noise=config.noise))
     for until, size in listed(config.phases, config.steps):
         if size is not None and begun < max(step, 1):
             blocks = size

@@ -51,11 +51,11 @@ def test_is_learnt(name, tmp_path):
     assert min(found.values()) > LEAST[name], found
 
 
-def accuracies(name: str, run: Path, *options: str) -> dict[str, float]:
+def accuracies(name: str, run: Path) -> dict[str, float]:
     """What a run of the config comes to, by the name of the figure."""
     command = [sys.executable, "-m", "dllm_jax", "train", f"tests/learning_config.py:{name}"]
     environ = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-    subprocess.run([*command, "--run", run, *options], cwd=ROOT, check=True, env=environ)
+    subprocess.run([*command, "--run", run], cwd=ROOT, check=True, env=environ)
     rows = read_metrics(run / "metrics.jsonl")
     found = {key: value for row in rows for key, value in row.items() if key.endswith("_accuracy")}
     found.pop("heldout_accuracy", None)  # of tokens, not of questions

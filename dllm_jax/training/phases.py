@@ -51,6 +51,11 @@ def listed(phases: tuple[Phase, ...], steps: int) -> list[tuple[int, int | None]
     return found
 
 
+def block_size_of(objective: Any) -> int | None:
+    """Of its noise; None where it has none."""
+    return getattr(getattr(objective, "noise", None), "block_size", None)
+
+
 def of_size(model: Any, objective: Any, size: int | None) -> tuple[Any, Any]:
     """The model and the objective of a phase.
 
@@ -59,7 +64,7 @@ def of_size(model: Any, objective: Any, size: int | None) -> tuple[Any, Any]:
     """
     if size is None:
         return model, objective
-    if getattr(getattr(objective, "noise", None), "block_size", None) is None:
+    if block_size_of(objective) is None:
         raise ValueError(
             f"phases change the block size of an objective's noise, and "
             f"{type(objective).__name__} has none"
