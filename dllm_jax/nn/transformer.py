@@ -10,6 +10,7 @@ stack, or in two where the first ones are dense and the others are mixtures of e
 
 import dataclasses
 import itertools
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax
@@ -162,8 +163,19 @@ class Transformer(nn.Module):
     config: TransformerConfig
 
     def setup(self):
-        shapes = param_shapes(self.config)
-        self.tree = {name: self.param(name, init, sub) for name, sub in shapes.items()}
+        c, shapes = self.config, param_shapes(self.config)
+        # All layers together add to the residual stream about as much as it begins with (GPT-2):
+        # a token that random layers drown is not there for later ones, and recall is not learnt.
+        stream = 0.02 if c.tied_head else 0.2
+        writes = stream / (2 * c.num_layers) ** 0.5
+        self.tree = {
+            name: self.param(
+                name,
+                partial(init, vectors=0.02 if name == "head" else stream, writes=writes),
+                sub,
+            )
+            for name, sub in shapes.items()
+        }
 
     def __call__(
         self,

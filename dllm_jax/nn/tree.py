@@ -51,25 +51,43 @@ def param_axes(config: Config) -> Params:
     )
 
 
-def init(key: jax.Array, shapes: Params | jax.ShapeDtypeStruct):
-    """Norms are ones, biases zeros, matrices normal with variance 1 / fan-in (embed: 0.02)."""
+def init(
+    key: jax.Array,
+    shapes: Params | jax.ShapeDtypeStruct,
+    *,
+    vectors: float = 0.02,
+    writes: float = 1.0,
+):
+    """Norms are ones, biases zeros, matrices normal with variance 1 / fan-in.
+
+    Args:
+      key: a random key.
+      shapes: of one parameter, or of a tree of them.
+      vectors: standard deviation of a table of vectors: one of tokens, or of positions.
+      writes: factor of the matrices that write into the residual stream: `o` and `down`.
+    """
     if isinstance(shapes, jax.ShapeDtypeStruct):
-        return _init_leaf(key, "", shapes)
+        return _init_leaf(key, "", shapes, vectors, writes)
     leaves, tree = jax.tree.flatten_with_path(shapes)
     keys = jax.random.split(key, len(leaves))
     return jax.tree.unflatten(
-        tree, [_init_leaf(k, path[-1].key, s) for k, (path, s) in zip(keys, leaves, strict=True)]
+        tree,
+        [
+            _init_leaf(k, path[-1].key, s, vectors, writes)
+            for k, (path, s) in zip(keys, leaves, strict=True)
+        ],
     )
 
 
-def _init_leaf(key, name, shape):
+def _init_leaf(key, name, shape, vectors, writes):
     if len(shape.shape) == 1 or "norm" in name:
         return jnp.ones(shape.shape, shape.dtype)
     if "bias" in name or name == "out":
         return jnp.zeros(shape.shape, shape.dtype)
     if not name:  # embed and head, [V, D]
-        return (0.02 * jax.random.normal(key, shape.shape)).astype(shape.dtype)
+        return (vectors * jax.random.normal(key, shape.shape)).astype(shape.dtype)
     fan_in = shape.shape[1] * (shape.shape[2] if name == "o" else 1)
     if name in ("gate", "up", "down"):  # [Ly, D, F], or [Ly, E, D, F] of experts
         fan_in = shape.shape[-2]
-    return (jax.random.normal(key, shape.shape) / fan_in**0.5).astype(shape.dtype)
+    scale = writes if name == "o" or name.endswith("down") else 1.0
+    return (scale * jax.random.normal(key, shape.shape) / fan_in**0.5).astype(shape.dtype)
