@@ -20,6 +20,7 @@ from dllm_jax import distributed, pretraining, training
 from dllm_jax.checkpoint import save_adapter
 from dllm_jax.corruption import MaskedBlocks
 from dllm_jax.losses import DualStream, Objective
+from dllm_jax.models.export import published_config
 from dllm_jax.nn.adapters import AdapterConfig, init_adapter, merged
 from dllm_jax.nn.transformer import Transformer, TransformerConfig
 from dllm_jax.nn.tree import param_axes, param_shapes
@@ -27,7 +28,7 @@ from dllm_jax.pretraining import ConversationData, Data, Evaluation
 from dllm_jax.recipes import Recipe
 from dllm_jax.sharding import shardings
 from dllm_jax.training.feed import gathered, mesh_for
-from dllm_jax.training.phases import block_size_of, listed
+from dllm_jax.training.phases import block_size_of, listed, of_size
 from dllm_jax.typing import Params
 
 
@@ -50,6 +51,9 @@ class Adapt:
     """What attention becomes: causal, bidirectional, or block_causal; None: as it is."""
     alignment: str | None = None
     """What the output at a position predicts: same_position or shifted; None: as it is."""
+    family: str | None = None
+    """The model_type that it is published as, by `export` (of a Qwen3 "sdar", say), which says its
+    recipe too; None: the base's. Not of a gated adapter, which leaves the base as it is."""
     mask_id: int | None = None
     """The id of the mask token: one that texts do not have. A gated adapter brings its own."""
     noise: MaskedBlocks = MaskedBlocks(block_size=4, blocks=48, whole=0.6, decay=0.85)
@@ -116,6 +120,11 @@ class Adapt:
         training.check_phases(self.phases)
         if self.adapter is None and self.init is not None:
             raise ValueError("init is an adapter to start from: give adapter a size, or drop init")
+        if self.family is not None and self.adapter is not None and self.adapter.gated:
+            raise ValueError(
+                f"family={self.family!r}: a gated adapter leaves the base as it is; drop the"
+                " family, or give another adapter"
+            )
 
 
 def adapt(config: Adapt) -> None:
@@ -153,6 +162,10 @@ def adapt(config: Adapt) -> None:
     params = {name: own for name, own in params.items() if name not in state.trainable}
     about = {"data": data, "objective": config.objective or config.noise}
     model, objective = built(settings, config)
+    if config.family is not None:
+        last = listed(config.phases, config.steps)[-1][1]
+        made = of_size(model, objective, last)[0].config
+        published_config(dataclasses.replace(made, adapter=None))  # refuses what it cannot say
     state, model = training.fit_phases(
         config.run, _fit(config), config.phases, model, params, state, objective, tx, source,
         heldout, evaluations=config.evaluations, about=about,
@@ -187,7 +200,7 @@ def adapted(base: TransformerConfig, config: Adapt) -> TransformerConfig:
       ValueError: a mask token is needed and not named, or it is outside the vocabulary.
     """
     changes: dict[str, Any] = dict(dtype=config.dtype, remat=config.remat)
-    for name in ("attention", "alignment"):
+    for name in ("attention", "alignment", "family"):
         if (value := getattr(config, name)) is not None:
             changes[name] = value
     if config.init is not None:

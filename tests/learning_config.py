@@ -35,8 +35,8 @@ path_star = modes(
     canvas=PathStar(degree=2, path=3, names=5, layout="canvas"), flops=12e11,
 ).masked  # fmt: skip
 recall = modes(
-    Recall(context=12, key=1, value=1),
-    canvas=Recall(context=12, key=1, value=1, layout="canvas"), flops=12e11,
+    Recall(context=14, key=1, value=1),
+    canvas=Recall(context=14, key=1, value=1, layout="canvas"), flops=12e11,
 ).masked  # fmt: skip
 _sudoku = Sudoku(size=4, pool=256)
 sudoku = modes(

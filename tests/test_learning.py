@@ -11,8 +11,8 @@ from dllm_jax.training import read_metrics
 
 ROOT = Path(__file__).parents[1]
 
-# Held-out questions that are answered, of 128. Guesses answer fewer than one in ten; of the two
-# that are in a question of recall or of paths, half.
+# Held-out questions that are answered, of 128. Guesses answer fewer than one in ten; of the
+# three values in a question of recall a third, and of two paths half.
 LEAST = {
     "addition": 0.9,
     "addition_block": 0.9,
@@ -27,7 +27,7 @@ LEAST = {
     "countdown_tri": 0.4,
     "countdown_ar": 0.6,
     "path_star": 0.9,
-    "recall": 0.75,
+    "recall": 0.9,
     "repair": 0.8,
     "repair_block": 0.8,
     "repair_tri": 0.8,

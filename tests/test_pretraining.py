@@ -246,6 +246,24 @@ def test_lora_is_merged_into_a_model_that_loads_and_is_exported(base, tmp_path, 
 
 
 @pytest.mark.slow
+def test_an_adapted_model_is_published_as_another_family(tmp_path):
+    """Its tensors are read by transformers' Qwen3 to 6e-7, with SDAR's mask (tried by hand)."""
+    own = dict(adapter=False, mask_id=None, num_layers=1, family="qwen3", qk_norm=True)
+    checkpoint.save(tmp_path / "base", *tiny(**own))
+    config = adapt_to(tmp_path / "base", tmp_path / "run", adapter=None, family="sdar", steps=2)
+    adaptation.adapt(config)
+    model, params = checkpoint.load(tmp_path / "run" / "model")
+    checkpoint.export(tmp_path / "published", model, params)
+    fields = json.loads((tmp_path / "published" / "config.json").read_text())
+    assert (fields["model_type"], fields["block_size"]) == ("sdar", model.config.block_size)
+    again, read = checkpoint.load(tmp_path / "published")
+    assert again.config == model.config
+    tokens = jnp.arange(24).reshape(2, 12)
+    one, other = forward(model, params, tokens).hidden, forward(again, read, tokens).hidden
+    np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.slow
 def test_block_sizes_follow_each_other_and_interruptions_leave_no_trace(
     base, tmp_path, monkeypatch
 ):
@@ -299,6 +317,10 @@ def test_a_run_begins_with_the_whole_text_and_ends_in_blocks(tmp_path):
     for found in (model, checkpoint.load(tmp_path / "model")[0]):
         assert (found.config.attention, found.config.block_size) == ("block_causal", 2)
     assert [row["step"] for row in rows(tmp_path) if "loss" in row] == [1, 2, 3]
+    pretraining.train(dataclasses.replace(config, phases=(phase(2, 0), phase(9, 2))))  # as it was
+    for other in ((phase(1, 0), phase(3, 2)), ()):
+        with pytest.raises(ValueError, match="phases='blocks of 0 until step 2, then blocks of 2"):
+            pretraining.train(dataclasses.replace(config, phases=other))
 
 
 def test_blocks_of_attention_are_those_of_the_noise(base, tmp_path):
@@ -379,6 +401,10 @@ def test_what_an_adaptation_cannot_be(base, tmp_path):
         adapt_to(base, tmp_path, phases=(phase(3, 1), phase(1, 2)))
     with pytest.raises(ValueError, match="init is an adapter to start from"):
         adapt_to(base, tmp_path, adapter=None, init=tmp_path)
+    with pytest.raises(ValueError, match="family='sdar': a gated adapter leaves the base as it is"):
+        adapt_to(base, tmp_path, family="sdar")
+    with pytest.raises(ValueError, match=r"the family 'sdar' cannot say qk_norm=False"):
+        adaptation.adapt(adapt_to(base, tmp_path, adapter=None, family="sdar"))
 
 
 def test_a_gated_adapter_by_the_command(base, tmp_path):
