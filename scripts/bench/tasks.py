@@ -256,7 +256,7 @@ def draw(held: dict[str, Any], path: Path) -> None:
     for number, name in enumerate(names):
         axes[0].plot([], [], color=f"C{number}", label=name)
     for style, words in kinds.items():
-        label = {" passes": "so many passes", "": "one token a pass"}.get(words, words)
+        label = {" passes": "so many passes", "": "other ways"}.get(words, words)
         axes[0].plot([], [], style, color="grey", label=label)
     axes[0].set_ylabel("questions answered right, %")
     axes[0].legend()
