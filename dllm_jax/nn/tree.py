@@ -84,7 +84,7 @@ def _init_leaf(key, name, shape, vectors, writes):
         return jnp.ones(shape.shape, shape.dtype)
     if "bias" in name or name == "out":
         return jnp.zeros(shape.shape, shape.dtype)
-    if not name:  # embed and head, [V, D]
+    if not name:  # embed and head, [V, D], and positions, [L, D]
         return (vectors * jax.random.normal(key, shape.shape)).astype(shape.dtype)
     fan_in = shape.shape[1] * (shape.shape[2] if name == "o" else 1)
     if name in ("gate", "up", "down"):  # [Ly, D, F], or [Ly, E, D, F] of experts

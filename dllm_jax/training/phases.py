@@ -53,9 +53,11 @@ def listed(phases: tuple[Phase, ...], steps: int) -> list[tuple[int, int | None]
 
 def in_words(phases: tuple[Phase, ...]) -> str:
     """The block sizes and where they change; where the last phase ends changes nothing."""
+    if not phases:
+        return "none"
     *before, last = phases
-    ends = [f"{phase.block_size} until step {phase.until}" for phase in before]
-    return ", then ".join(["blocks of " + part for part in [*ends, str(last.block_size)]])
+    parts = [f"blocks of {phase.block_size} until step {phase.until}" for phase in before]
+    return ", then ".join([*parts, f"blocks of {last.block_size}"])
 
 
 def block_size_of(objective: Any) -> int | None:
@@ -109,7 +111,7 @@ def fit_phases(
       The last state, and the model of the phase that it is of.
     """
     started, own = time.monotonic(), model
-    about = {**about, "phases": in_words(phases) if phases else "none"}
+    about = {**about, "phases": in_words(phases)}
     with interrupts() as interrupted:  # a signal in the last step of a phase ends the run too
         for until, size in listed(phases, config.steps):
             own, aim = of_size(model, objective, size)
