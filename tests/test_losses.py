@@ -144,20 +144,27 @@ def test_accuracy_and_accepted_are_counts_over_whole_blocks(rows):
 
 
 @pytest.mark.parametrize(
-    "entry",
+    "names",
     [
-        ("adapter", "mask_embedding", (3,)),
-        ("adapter", "q", "in", (0, 5, 1)),
-        ("adapter", "v", "out", (1, 1, 0, 2)),
-        ("adapter", "down", "out", (1, 0, 7)),
-        ("layers", "attention", "k", (0, 4, 1, 2)),  # felt through the clean stream's keys as well
-        ("layers", "mlp", "up", (1, 6, 9)),
+        ("adapter", "mask_embedding"),
+        ("adapter", "q", "in"),
+        ("adapter", "v", "out"),
+        ("adapter", "down", "out"),
+        ("layers", "attention", "k"),  # felt through the clean stream's keys as well
+        ("layers", "mlp", "up"),
     ],
-    ids=lambda entry: "/".join(entry[:-1]),
+    ids="/".join,
 )
-def test_gradients_are_finite_differences(entry):
-    *names, index = entry
-    step = 0.01
+def test_gradients_are_finite_differences(names):
+    """At the entry where the gradient of the diffusion loss says that it is steepest."""
+    step, here = 0.01, parts(TRAINED)
+
+    def at(tree):
+        for name in names:
+            tree = tree[name]
+        return tree
+
+    index = np.unravel_index(np.abs(at(here.noisy_grad)).argmax(), at(TRAINED).shape)
 
     def moved(by: float) -> Parts:
         tree = jax.tree.map(lambda x: x, TRAINED)
@@ -167,12 +174,10 @@ def test_gradients_are_finite_differences(entry):
         inner[names[-1]] = inner[names[-1]].at[index].add(by)
         return parts(tree)
 
-    ahead, behind, here = moved(step), moved(-step), parts(TRAINED)
+    ahead, behind = moved(step), moved(-step)
     for part, gradient in (("diffusion", here.noisy_grad), ("ar", here.ar_grad)):
-        for name in names:
-            gradient = gradient[name]
         slope = (ahead.figures[part] - behind.figures[part]) / (2 * step)
-        np.testing.assert_allclose(gradient[index], slope, rtol=0.03, atol=2e-3)
+        np.testing.assert_allclose(at(gradient)[index], slope, rtol=0.03, atol=2e-3)
         if part == "diffusion":
             assert abs(slope) > 5e-3, "too flat a place to tell"
 
