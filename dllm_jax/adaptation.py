@@ -59,7 +59,7 @@ class Adapt:
     noise: MaskedBlocks = MaskedBlocks(block_size=4, blocks=48, whole=0.6, decay=0.85)
     """Blocks, and how they are masked, where there is no other objective."""
     objective: Objective | None = None
-    """What is minimised; None: the dual stream, with `noise`."""
+    """What is minimised; None: the dual stream, with `noise`, which is for causal models."""
     phases: tuple[training.Phase, ...] = ()
     """Block sizes, one after the other; the last one holds until the end. Of the noise, and of
     attention where it is not causal. The data and the schedule go on (LLaDA2, 2512.15745: up from
@@ -120,11 +120,6 @@ class Adapt:
         training.check_phases(self.phases)
         if self.adapter is None and self.init is not None:
             raise ValueError("init is an adapter to start from: give adapter a size, or drop init")
-        if self.family is not None and self.adapter is not None and self.adapter.gated:
-            raise ValueError(
-                f"family={self.family!r}: a gated adapter leaves the base as it is; drop the"
-                " family, or give another adapter"
-            )
 
 
 def adapt(config: Adapt) -> None:
@@ -197,15 +192,21 @@ def adapted(base: TransformerConfig, config: Adapt) -> TransformerConfig:
     """The config of the model that a run makes of a base.
 
     Raises:
-      ValueError: a mask token is needed and not named, or it is outside the vocabulary.
+      ValueError: a mask token is needed and not named, or it is outside the vocabulary; or a family
+        is named, and the adapter, fresh or that of `init`, is gated.
     """
+    adapter = config.adapter if config.init is None else base.adapter
+    if config.family is not None and adapter is not None and adapter.gated:
+        raise ValueError(
+            f"family={config.family!r}: a gated adapter leaves the base as it is; drop the family,"
+            " or give another adapter"
+        )
     changes: dict[str, Any] = dict(dtype=config.dtype, remat=config.remat)
     for name in ("attention", "alignment", "family"):
         if (value := getattr(config, name)) is not None:
             changes[name] = value
     if config.init is not None:
         return dataclasses.replace(base, **changes)
-    adapter = config.adapter
     if adapter is not None:
         changes["adapter"] = adapter
     if adapter is not None and adapter.gated:
@@ -238,7 +239,16 @@ def _fresh(settings: TransformerConfig, params: Params, config: Adapt, mesh: Mes
 
 
 def built(settings: TransformerConfig, config: Adapt) -> tuple[Transformer, Objective]:
-    """The model, with the blocks of the noise where no phases change them, and the objective."""
+    """The model, with the blocks of the noise where no phases change them, and the objective.
+
+    Raises:
+      ValueError: the model is not causal, and no objective is given.
+    """
+    if config.objective is None and settings.attention != "causal":
+        raise ValueError(
+            f"attention={settings.attention!r}: the default objective, the dual stream, is for"
+            " causal models; give objective=Diffusion(noise=MaskNoise(...))"
+        )
     first = settings.adapter.first_layer if settings.adapter else 0
     objective = config.objective or DualStream(noise=config.noise, frozen_layers=first)
     own = block_size_of(objective)

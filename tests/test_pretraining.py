@@ -402,7 +402,14 @@ def test_what_an_adaptation_cannot_be(base, tmp_path):
     with pytest.raises(ValueError, match="init is an adapter to start from"):
         adapt_to(base, tmp_path, adapter=None, init=tmp_path)
     with pytest.raises(ValueError, match="family='sdar': a gated adapter leaves the base as it is"):
-        adapt_to(base, tmp_path, family="sdar")
+        adaptation.adapt(adapt_to(base, tmp_path, family="sdar"))
+    lora = dict(init=tmp_path, adapter=AdapterConfig(rank=2, gated=False))  # init's own is gated
+    with pytest.raises(ValueError, match="family='sdar': a gated adapter leaves the base as it is"):
+        adaptation.adapted(tiny()[0].config, adapt_to(base, tmp_path, **lora, family="sdar"))
+    for attention in ("block_causal", "bidirectional"):
+        fields = dict(adapter=None, attention=attention, objective=None, phases=())
+        with pytest.raises(ValueError, match=f"'{attention}': the default objective, the dual st"):
+            adaptation.adapt(adapt_to(base, tmp_path, **fields))
     with pytest.raises(ValueError, match=r"the family 'sdar' cannot say qk_norm=False"):
         adaptation.adapt(adapt_to(base, tmp_path, adapter=None, family="sdar"))
 
