@@ -77,7 +77,7 @@ class Adapt:
     dtype: str = "float32"
     """Of activations: bfloat16 on an accelerator."""
     param_dtype: str | None = None
-    """Of weights: as they are stored by default. All of them trained, float32 is right."""
+    """Of weights. None: float32 where all are trained, else as they are stored."""
     seed: int = 0
     """Of the order of the data, the noise, and a fresh adapter."""
     save_every: int = 50
@@ -94,6 +94,8 @@ class Adapt:
     """As in `training.Fit`: stop, skip, or ignore."""
     spike: float = 0.0
     """As in `training.Fit`: so many times the usual loss is a spike."""
+    peak_flops: float | None = None
+    """As in `training.Fit`; the command measures it."""
     report: tuple[str, ...] = ()
     """Where figures go besides metrics.jsonl: tensorboard, wandb, trackio."""
     export: Path | None = None
@@ -137,7 +139,11 @@ def adapt(config: Adapt) -> None:
         config.batch, accumulate=config.accumulate, fsdp=config.fsdp, tensor=config.tensor
     )
     base, params = pretraining.start(
-        config.model, config.seed, mesh, config.param_dtype, adapter=config.init
+        config.model,
+        config.seed,
+        mesh,
+        config.param_dtype or (None if config.adapter else "float32"),
+        adapter=config.init,
     )
     settings = adapted(base.config, config)
     if config.adapter is not None and config.init is None:
@@ -155,7 +161,10 @@ def adapt(config: Adapt) -> None:
     tx = config.optimiser.build(config.steps, settings)
     state = training.create(params, names, tx)
     params = {name: own for name, own in params.items() if name not in state.trainable}
-    about = {"data": data, "objective": config.objective or config.noise}
+    about = {
+        "data": data, "objective": config.objective or config.noise,
+        "model": pretraining.in_words(config.model, settings),
+    }  # fmt: skip
     model, objective = built(settings, config)
     if config.family is not None:
         last = listed(config.phases, config.steps)[-1][1]
@@ -192,15 +201,17 @@ def adapted(base: TransformerConfig, config: Adapt) -> TransformerConfig:
     """The config of the model that a run makes of a base.
 
     Raises:
-      ValueError: a mask token is needed and not named, or it is outside the vocabulary; or a family
-        is named, and the adapter, fresh or that of `init`, is gated.
+      ValueError: a mask token is needed and not named, or it is outside the vocabulary; or the base
+        is to become something else, and the adapter, fresh or that of `init`, is gated.
     """
     adapter = config.adapter if config.init is None else base.adapter
-    if config.family is not None and adapter is not None and adapter.gated:
-        raise ValueError(
-            f"family={config.family!r}: a gated adapter leaves the base as it is; drop the family,"
-            " or give another adapter"
-        )
+    if adapter is not None and adapter.gated:
+        for name in ("family", "attention", "alignment"):
+            if (value := getattr(config, name)) not in (None, getattr(base, name)):
+                raise ValueError(
+                    f"{name}={value!r}: a gated adapter leaves the base as it is"
+                    f" ({getattr(base, name)}); leave it out, or give another adapter"
+                )
     changes: dict[str, Any] = dict(dtype=config.dtype, remat=config.remat)
     for name in ("attention", "alignment", "family"):
         if (value := getattr(config, name)) is not None:

@@ -189,7 +189,10 @@ class Bits:
     def __call__(self, model: Any, params: Params, step: int) -> Found:
         """`per_character`, its `stderr` (of the draws of noise), and the number of `characters`."""
         source, store = self.data.source("heldout"), self.data.store("heldout")
-        picked = [source[i].tokens.tolist() for i in range(min(self.rows, len(source)))]
+        rows = [source[i] for i in range(min(self.rows, len(source)))]
+        if any(row.prompt or row.given is not None or row.segments is not None for row in rows):
+            raise ValueError("bits are of whole rows: these have prompts, or several documents")
+        picked = [row.tokens.tolist() for row in rows]
         nats, spread = bits_of(
             model, params, picked, samples=self.samples, batch=self.batch, seed=self.seed
         )

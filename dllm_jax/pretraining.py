@@ -179,8 +179,8 @@ class Train:
     dtype: str | None = None
     """Of activations: bfloat16 on an accelerator. None: as the model says, float32 by default."""
     param_dtype: str | None = None
-    """Of weights, their gradients and moments; float32 is right where all of them are trained.
-    None: as the model says, or as it is stored."""
+    """Of weights, their gradients and moments. None: as the model says; of a stored one float32
+    where all of it is trained, else as it is stored."""
     remat: str | None = None
     """What the backward pass computes again: none, dots, dots_no_batch, full, offload, or auto:
     none, but on CPUs dots_no_batch, which is faster there. None: as the model says, or auto."""
@@ -207,7 +207,10 @@ def train(config: Train) -> tuple[Any, Params]:
     say = print if distributed.is_first() else lambda *_: None
     fit = config.fit
     mesh = mesh_for(fit.batch, accumulate=fit.accumulate, fsdp=config.fsdp, tensor=config.tensor)
-    model, params = start(config.model, fit.seed, mesh, config.param_dtype)
+    dtype = config.param_dtype
+    if dtype is None and isinstance(config.model, str) and not config.names:
+        dtype = "float32"  # small steps are lost on weights of bfloat16
+    model, params = start(config.model, fit.seed, mesh, dtype)
     model = trained_as(config, model.config).build()
     source, heldout = sources(config.data)
     used = 1 if mesh is None else mesh.size
@@ -216,7 +219,10 @@ def train(config: Train) -> tuple[Any, Params]:
     tx = config.optimiser.build(fit.steps, model.config)
     state = training.create(params, config.names or tuple(params), tx)
     params = {name: own for name, own in params.items() if name not in state.trainable}
-    about = {"data": config.data, "objective": config.objective}
+    about = {
+        "data": config.data, "objective": config.objective,
+        "model": in_words(config.model, model.config),
+    }  # fmt: skip
     state, model = training.fit_phases(
         config.run, fit, config.phases, model, params, state, config.objective, tx, source, heldout,
         evaluations=config.evaluations, about=about,
@@ -235,6 +241,17 @@ def trained_as(config: Train, own: Any) -> Any:
     """An architecture with the dtype and the remat policy that it is trained with."""
     remat = config.remat or ("auto" if own.remat in ("none", False) else own.remat)
     return dataclasses.replace(own, dtype=config.dtype or own.dtype, remat=remat)
+
+
+def in_words(model: Config | str, settings: Any) -> str:
+    """What a run trains, beside the shapes of its parameters: no other goes on from there.
+
+    Of a folder its name alone, which it keeps where it is moved.
+    """
+    name = Path(model).name if isinstance(model, str) else type(model).__name__
+    fields = ("attention", "alignment", "mask_id")
+    told = [f"{field}={getattr(settings, field, None)}" for field in fields]
+    return ", ".join([name, *told])
 
 
 def start(

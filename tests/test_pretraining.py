@@ -343,7 +343,7 @@ def test_phases_that_a_shorter_run_does_not_reach_are_none(base, tmp_path):
 def test_a_signal_in_the_last_step_of_a_phase_ends_the_run(base, tmp_path, monkeypatch, capsys):
     given = []
 
-    def fit(run, config, model, params, state, *rest, evaluations, about):
+    def fit(run, config, model, params, state, *rest, evaluations, about, begins):
         given.append((config, evaluations, about))
         with records.interrupts():
             signal.raise_signal(signal.SIGTERM)
@@ -356,6 +356,7 @@ def test_a_signal_in_the_last_step_of_a_phase_ends_the_run(base, tmp_path, monke
     assert (config.steps, config.keep) == (1, 5)
     assert set(evaluations) == {"mine"}
     assert about["data"] == Counting()
+    assert about["model"] == ("model, attention=block_causal, alignment=same_position, mask_id=31")
     assert "step 1 of 4, saved; the same command continues" in capsys.readouterr().out
 
 
@@ -376,6 +377,23 @@ def test_a_model_keeps_its_own_settings_where_a_run_has_none(monkeypatch):
         assert (model.config.dtype, model.config.remat) == (dtype, remat)
         assert not frozen  # what is trained is held once
         assert state.trainable["embed"].dtype == jnp.bfloat16
+
+
+def test_stored_weights_that_are_all_trained_are_float32(tmp_path, monkeypatch):
+    kinds = []
+    monkeypatch.setattr(
+        phases, "fit", lambda *rest, **_: kinds.append(rest[4].trainable["embed"].dtype) or 1 / 0
+    )
+    model, params = tiny(adapter=False, num_layers=1)
+    small = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    checkpoint.save(tmp_path / "small", model, small)
+    run = dataclasses.replace(toy_config.config, model=str(tmp_path / "small"))
+    own = dataclasses.replace(run, param_dtype="bfloat16")
+    part = dataclasses.replace(run, names=("embed",))
+    for config in (run, own, part, adapt_to(tmp_path / "small", tmp_path / "run", adapter=None)):
+        with pytest.raises(ZeroDivisionError):
+            (adaptation.adapt if isinstance(config, Adapt) else pretraining.train)(config)
+    assert kinds == [jnp.float32, jnp.bfloat16, jnp.bfloat16, jnp.float32]
 
 
 def test_a_run_may_hold_nothing_out(capsys):
@@ -399,10 +417,20 @@ def test_what_an_adaptation_cannot_be(base, tmp_path):
             adaptation.adapt(adapt_to(base, tmp_path, adapter=None, **fields))
     with pytest.raises(ValueError, match=r"phases end at \[3, 1\]"):
         adapt_to(base, tmp_path, phases=(phase(3, 1), phase(1, 2)))
+    with pytest.raises(ValueError, match=r"phases end at \[0\]: .* from 1 on"):
+        adapt_to(base, tmp_path, phases=(phase(0, 1),))
+    with pytest.raises(ValueError, match=r"phases have blocks of \[1, -1\]"):
+        adapt_to(base, tmp_path, phases=(phase(1, 1), phase(2, -1)))
     with pytest.raises(ValueError, match="init is an adapter to start from"):
         adapt_to(base, tmp_path, adapter=None, init=tmp_path)
     with pytest.raises(ValueError, match="family='sdar': a gated adapter leaves the base as it is"):
         adaptation.adapt(adapt_to(base, tmp_path, family="sdar"))
+    for attention, told in (
+        ("block_causal", "attention='block_causal'"),
+        (None, "alignment='same"),
+    ):
+        with pytest.raises(ValueError, match=f"{told}.*: a gated adapter leaves the base as it is"):
+            adaptation.adapt(adapt_to(base, tmp_path, attention=attention))
     lora = dict(init=tmp_path, adapter=AdapterConfig(rank=2, gated=False))  # init's own is gated
     with pytest.raises(ValueError, match="family='sdar': a gated adapter leaves the base as it is"):
         adaptation.adapted(tiny()[0].config, adapt_to(base, tmp_path, **lora, family="sdar"))

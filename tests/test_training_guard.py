@@ -14,6 +14,7 @@ import pytest
 
 from dllm_jax import training
 from dllm_jax.data import batches
+from dllm_jax.training import loop
 from dllm_jax.training.step import WINDOW
 from tests import toy_training
 from tests.test_distributed import together
@@ -199,7 +200,34 @@ def test_a_spike_is_a_loss_far_above_the_median_of_enough():
         assert int(after.step) == 1
         moments = jax.tree.leaves(after.opt_state)
         assert any(np.asarray(moment).any() for moment in moments) != spiked
-        assert np.array_equal(after.losses, losses, equal_nan=True) == spiked
+        np.testing.assert_allclose(after.losses, [*losses[1:], loss], rtol=1e-6)
+
+
+def test_losses_of_another_objective_are_no_measure(data):
+    """Where a phase begins, and there alone: a run that goes on within it knows its losses."""
+    run = data / "phases"
+    for steps, begins, kept in ((3, 0, 3), (4, 3, 1), (6, 3, 3)):
+        state = toy_training.fit(run, steps=steps, begins=begins, on_spike="skip", spike=50.0)
+        assert np.isfinite(state.losses).sum() == kept
+
+
+def test_a_run_that_applies_nothing_any_more_ends(data, monkeypatch):
+    class Lost(toy_training.Toy):
+        factor = np.nan
+
+        def score(self, model, params, drawn):
+            loss, figures = super().score(model, params, drawn)
+            return loss * self.factor, figures
+
+    monkeypatch.setattr(toy_training, "TOY", Lost())
+    monkeypatch.setattr(loop, "WINDOW", 5)
+    run = data / "lost"
+    with pytest.raises(training.Spike, match=r"5 steps up to step 5 were not applied, one after"):
+        toy_training.fit(run, on_spike="skip")
+    assert len(list((run / "spikes").iterdir())) == 5
+    monkeypatch.setattr(Lost, "factor", 1.0)
+    monkeypatch.setattr(toy_training, "TOY", Lost())
+    assert int(toy_training.fit(run, on_spike="skip").step) == 12  # from step 5, where it was saved
 
 
 def test_what_is_given_together_must_fit():

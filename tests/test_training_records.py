@@ -1,19 +1,22 @@
 """What a run writes for people: speed, reports, curves."""
 
 import json
+import math
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from dllm_jax import training
 from dllm_jax.cli import main
 from dllm_jax.losses import Autoregressive
 from dllm_jax.testing import tiny
-from dllm_jax.training import throughput
+from dllm_jax.training import records, throughput
 from dllm_jax.training.throughput import Meter
 from tests import toy_training
 
@@ -92,7 +95,8 @@ def report_to(monkeypatch, name: str):
     def init(**fields):
         told.append(("open", fields))
         return SimpleNamespace(
-            log=lambda found, step: told.append((step, found)),
+            log=lambda found, step=None: told.append((found.get("step", step), found)),
+            define_metric=lambda *names, **_: None,
             finish=lambda: told.append(("close",)),
         )
 
@@ -111,13 +115,18 @@ def test_reports_are_told_what_the_metrics_are(tmp_path, monkeypatch):
     board = told["tensorboardX"]
     assert board[0] == ("open", str(run / "tensorboard"))
     assert [entry[1:] for entry in board if entry[0] == "loss"] == [(1, losses[0]), (2, losses[1])]
-    for name in ("wandb", "trackio"):
-        assert told[name][0][1]["name"] == "run"
+    own = (run / "report-id").read_text()
+    assert len(own) == 8
+    assert told["wandb"][0][1]["id"] == own
+    for name, called in (("wandb", "run"), ("trackio", f"run-{own}")):
+        assert told[name][0][1]["name"] == called
         assert told[name][0][1]["config"]["batch"] == 8
         assert [(step, found["loss"]) for step, found in told[name][1:-1]] == [
             (1, losses[0]), (2, losses[1]),
         ]  # fmt: skip
     assert all(entries[-1] == ("close",) for entries in told.values())
+    toy_training.fit(run, steps=3, report=("wandb",))  # goes on under the same id
+    assert [entry[1]["id"] for entry in told["wandb"] if entry[0] == "open"] == [own, own]
 
 
 def test_a_report_that_cannot_be_is_told_before_any_step(tmp_path, monkeypatch):
@@ -128,6 +137,33 @@ def test_a_report_that_cannot_be_is_told_before_any_step(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="report='board' is not one of tensorboard, wandb, track"):
         toy_training.fit(tmp_path / "run", steps=2, report=("board",))
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_metrics_are_json_and_a_damaged_line_costs_no_other(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with records.metrics(path, 0) as log:
+        for step, loss in ((1, math.nan), (2, math.inf), (3, 0.5)):
+            log({"step": step, "loss": loss})
+    first, *others = path.read_text().splitlines()
+    assert first == '{"step": 1, "loss": null}'
+    path.write_text("\n".join([first, "damaged", *others, '{"step": 4, "lo']))
+    with pytest.warns(UserWarning, match="line 2 is damaged, and left out"):
+        found = training.read_metrics(path)
+    assert [row["step"] for row in found] == [1, 2, 3]
+    np.testing.assert_array_equal([row["loss"] for row in found], [np.nan, np.nan, 0.5])
+
+
+def test_a_thread_trains_without_signals():
+    asked = []
+
+    def ask():
+        with records.interrupts() as interrupted:
+            asked.append(interrupted())
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert asked == [False]
 
 
 @pytest.fixture

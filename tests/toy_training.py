@@ -104,6 +104,7 @@ def fit(
     ill: bool = False,
     evaluations=None,
     heldout=None,
+    begins: int = 0,
     **changes,
 ) -> training.TrainState:
     """Twelve steps of eight rows, a checkpoint every three, from data beside the run.
@@ -129,7 +130,7 @@ def fit(
     state = training.create(params, names, tx)
     return training.fit(
         run, config, network, params, state, objective, tx, source, heldout,
-        evaluations=evaluations,
+        evaluations=evaluations, begins=begins,
     )  # fmt: skip
 
 

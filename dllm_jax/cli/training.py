@@ -27,6 +27,8 @@ def adapt(command: Adapt) -> None:
     """Adapts as a file says."""
     config = _changed(command.config, adaptation.Adapt, command.fields, "adapt")
     distributed.initialize()
+    if config.peak_flops is None:
+        config = dataclasses.replace(config, peak_flops=_peak(config.dtype))
     adaptation.adapt(config)
 
 
@@ -75,9 +77,14 @@ def _with_peak(config: pretraining.Train) -> pretraining.Train:
     model: Any = config.model
     if isinstance(model, str):
         model = checkpoint.read_config(sources.resolve(model))
-    rate = ceilings.rate(config.dtype or model.dtype, seconds=0.3)
-    terminal.note(f"mfu is a share of {rate:.3g} FLOP/s a device, measured on matrix products")
+    rate = _peak(config.dtype or model.dtype)
     return dataclasses.replace(config, fit=dataclasses.replace(config.fit, peak_flops=rate))
+
+
+def _peak(dtype: str) -> float:
+    rate = ceilings.rate(dtype, seconds=0.3)
+    terminal.note(f"mfu is a share of {rate:.3g} FLOP/s a device, measured on matrix products")
+    return rate
 
 
 def _changed(name: str, kind: type[T], fields: tuple[str, ...], command: str) -> T:

@@ -36,7 +36,7 @@ from dllm_jax.training.feed import Feed, training_mesh
 from dllm_jax.training.identity import check_same, described
 from dllm_jax.training.reports import reports
 from dllm_jax.training.spikes import Spike, Watch
-from dllm_jax.training.step import TrainState, make_train_step, trained, with_extras
+from dllm_jax.training.step import WINDOW, TrainState, make_train_step, trained, with_extras
 from dllm_jax.training.throughput import Meter, step_flops
 from dllm_jax.typing import Key, Params
 
@@ -114,6 +114,7 @@ def fit(
     rules: Rules = EVERY,
     evaluations: Mapping[str, Evaluation] | None = None,
     about: Mapping[str, Any] | None = None,
+    begins: int = 0,
 ) -> TrainState:
     """Trains until `config.steps`, the time budget, or a signal; continues what the folder holds.
 
@@ -132,17 +133,20 @@ def fit(
         `<name>_<figure>`, strings into samples.jsonl.
       about: what the run is of, by name: the settings of its data, say. They are kept in words
         (`identity.described`), and others do not go on from there. The objective, by default.
+      begins: the step from which on the model and the objective are these: losses of before say
+        nothing of what is a spike.
 
     Returns:
       The last state, which is also on disk when any step was made. What it trained is
       `trained(state)`.
 
     Raises:
-      ValueError: the folder holds a run of other parameters, another optimiser, another seed,
-        batch, length, number of rows or `about`, or no checkpoint of it can be read; or the batch
-        does not fit the mesh. A new number of steps is welcome: the schedule follows it. So is
-        another mesh.
-      Spike: a step was not applied, and `config.on_spike` is stop.
+      ValueError: the folder holds a run of other parameters, an optimiser that keeps other things
+        (another learning rate is welcome), another seed, batch, length, number of rows or `about`,
+        or no checkpoint of it can be read; or the batch does not fit the mesh. A new number of
+        steps is welcome: the schedule follows it. So is another mesh.
+      Spike: a step was not applied, and `config.on_spike` is stop; or `WINDOW` one after the other
+        were not.
       ModuleNotFoundError: what `config.report` names is not installed.
     """
     if config.length > model.config.max_length:
@@ -183,6 +187,8 @@ def fit(
         del placed
         state = _restore(folder, state, data, own)
         done = began = int(state.step)
+        if done == begins and state.losses is not None:
+            state = dataclasses.replace(state, losses=state.losses * float("nan"))
 
         def stop() -> bool:
             if not alone and done % config.log_every:
@@ -223,6 +229,13 @@ def fit(
                     found = meter.look()
                     write(done, found)
                     show(done, found)
+                    if watch.in_a_row >= WINDOW:
+                        _save(saver, done, state, data.get_state(), own)
+                        saver.wait()
+                        raise Spike(
+                            f"{watch.in_a_row} steps up to step {done} were not applied, one after "
+                            f"the other: their batches are in {run / 'spikes'}"
+                        )
                 due = done == config.steps or done % (config.evaluate_every or 1) == 0
                 if asked and config.evaluate_every and due:
                     with meter.pause():

@@ -29,10 +29,13 @@ class Phase:
 
 
 def check_phases(phases: tuple[Phase, ...]) -> None:
-    """Raises ValueError where one does not end after the one before it."""
+    """Raises ValueError where one does not end after the one before it, or has no such blocks."""
     ends = [phase.until for phase in phases]
-    if ends != sorted(set(ends)):
-        raise ValueError(f"phases end at {ends}: each must end after the one before it")
+    if ends != sorted(set(ends)) or min(ends, default=1) < 1:
+        raise ValueError(f"phases end at {ends}: each must end after the one before it, from 1 on")
+    sizes = [phase.block_size for phase in phases]
+    if min(sizes, default=0) < 0:
+        raise ValueError(f"phases have blocks of {sizes}: 0 is the whole text")
 
 
 def listed(phases: tuple[Phase, ...], steps: int) -> list[tuple[int, int | None]]:
@@ -110,19 +113,20 @@ def fit_phases(
     Returns:
       The last state, and the model of the phase that it is of.
     """
-    started, own = time.monotonic(), model
+    started, own, begins = time.monotonic(), model, 0
     about = {**about, "phases": in_words(phases)}
+    parts = [(end, *of_size(model, objective, n)) for end, n in listed(phases, config.steps)]
     with interrupts() as interrupted:  # a signal in the last step of a phase ends the run too
-        for until, size in listed(phases, config.steps):
-            own, aim = of_size(model, objective, size)
+        for until, own, aim in parts:
             minutes = config.minutes
             if minutes is not None:
                 minutes -= (time.monotonic() - started) / 60
             state = fit(
                 run, dataclasses.replace(config, steps=until, minutes=minutes), own, params, state,
-                aim, tx, source, heldout, about=about,
+                aim, tx, source, heldout, about=about, begins=begins,
                 evaluations={name: partial(ask, own) for name, ask in evaluations.items()},
             )  # fmt: skip
             if int(state.step) < until or distributed.any_process(interrupted()):
                 break
+            begins = until
     return state, own

@@ -5,7 +5,10 @@ Of many processes the first writes; on the others these do nothing.
 
 import contextlib
 import json
+import math
 import signal
+import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +20,12 @@ from dllm_jax import distributed
 def interrupts() -> Iterator[Callable[[], bool]]:
     """Turns SIGTERM and SIGINT into a question: the loop ends its step, saves, and leaves.
 
-    Within another one, what was asked here is asked there too.
+    Within another one, what was asked here is asked there too. Python tells signals to the main
+    thread alone: on another one nothing is asked.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
     asked = _Asked()
     names = (signal.SIGTERM, signal.SIGINT)
     before = {name: signal.signal(name, asked) for name in names}
@@ -49,20 +56,35 @@ def metrics(path: Path, done: int) -> Iterator[Callable[[dict[str, Any]], None]]
     if path.exists():
         kept = [row for row in read_metrics(path) if row["step"] <= done]
         rewritten = path.with_suffix(".partial")
-        rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        rewritten.write_text("".join(_line(row) for row in kept))
         rewritten.rename(path)  # whole or not at all: a kill here loses no line
     with path.open("a", buffering=1) as file:
-        yield lambda row: print(json.dumps(row), file=file)
+        yield lambda row: print(_line(row), end="", file=file)
+
+
+def _line(row: dict[str, Any]) -> str:
+    """A row as JSON, which has no word for what is not finite: null."""
+    told = {
+        name: None if isinstance(x, float) and not math.isfinite(x) else x
+        for name, x in row.items()
+    }
+    return json.dumps(told) + "\n"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last line that a crash cut short is left out."""
-    rows = []
-    for line in path.read_text().splitlines():
+    """The rows of a metrics file, NaN where a figure was not finite.
+
+    A last line that a crash cut short is left out; another line that is none too, with a warning.
+    """
+    rows, lines = [], path.read_text().splitlines()
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
-            break
+            if number < len(lines):
+                warnings.warn(f"{path}: line {number} is damaged, and left out", stacklevel=2)
+            continue
+        rows.append({name: math.nan if x is None else x for name, x in row.items()})
     return rows
 
 

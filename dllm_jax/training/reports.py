@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ PACKAGES = {
 def reports(run: Path, names: tuple[str, ...], settings: dict[str, Any]) -> Iterator[Write]:
     """A function that passes the figures of a step on to every writer that is named.
 
-    Of many processes the first writes. A run that goes on does so under its folder's name.
+    Of many processes the first writes. A run that goes on does so under the id that its folder
+    keeps (`report-id`), so that another run of the same name is another one there too.
 
     Raises:
       ValueError: there is no such writer.
@@ -71,10 +73,16 @@ def _open(
 
         return write, board.close
     project, config = run.absolute().parent.name or "dllm-jax", settings
+    known = run / "report-id"
+    if not known.exists():
+        known.write_text(uuid.uuid4().hex[:8])
+    own = known.read_text()
     if name == "wandb":
         session = module.init(
-            project=project, name=run.name, id=run.name, resume="allow", dir=str(run), config=config
+            project=project, name=run.name, id=own, resume="allow", dir=str(run), config=config
         )
-    else:
-        session = module.init(project=project, name=run.name, config=config, resume="allow")
+        # Its own count of steps never goes back; a run that goes on from an older checkpoint does.
+        session.define_metric("*", step_metric="step")
+        return (lambda step, figures: session.log({"step": step, **figures})), session.finish
+    session = module.init(project=project, name=f"{run.name}-{own}", config=config, resume="allow")
     return (lambda step, figures: session.log(figures, step=step)), session.finish

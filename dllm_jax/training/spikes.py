@@ -19,6 +19,7 @@ class Watch:
 
     def __init__(self, run: Path, key: Key):
         self._run, self._key = run, key
+        self.in_a_row = 0  # steps up to the last one looked at that were not applied
         self._steps: list[tuple[int, dict[str, Any], jax.Array]] = []
 
     def add(self, step: int, batch: dict[str, Any], figures: dict[str, jax.Array]) -> None:
@@ -29,6 +30,8 @@ class Watch:
         """Keeps the batches of those that were not applied, and forgets the others."""
         steps, self._steps = self._steps, []
         flags = jax.device_get([skipped for _, _, skipped in steps])
+        for skipped in flags:
+            self.in_a_row = self.in_a_row + 1 if skipped else 0
         return [
             save_spike(self._run, step, batch, self._key)
             for (step, batch, _), skipped in zip(steps, flags, strict=True)

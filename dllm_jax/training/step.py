@@ -27,7 +27,7 @@ class TrainState:
     trainable: Params  # a subset of the parameters' top level, e.g. {"adapter": ...}
     opt_state: Any
     ema: Params | None = None  # float32: the running average of `trainable`, where one is kept
-    losses: jax.Array | None = None  # float32[WINDOW]: of the last applied steps, the newest last
+    losses: jax.Array | None = None  # float32[WINDOW]: the last that were numbers, the newest last
 
 
 def create(
@@ -129,8 +129,8 @@ def make_train_step(
         that the beginning is soon forgotten. 0: none is kept.
       spike: what is not applied, so that the step is counted and all else stays as it was: a step
         whose loss or gradient is not finite, and one whose loss is above `spike` times the median
-        of the last `WINDOW` applied losses, once there are so many. 0: only what is not finite.
-        None: everything is applied.
+        of the last `WINDOW` losses that were numbers, once there are so many: a loss that stays
+        high is soon the usual one. 0: only what is not finite. None: everything is applied.
     """
     if not 0 <= ema < 1:
         raise ValueError(f"ema={ema} is a decay: it must be in [0, 1)")
@@ -186,13 +186,14 @@ def _stepped(
         )
     losses = None
     if state.losses is not None:
-        losses = jnp.append(state.losses[1:], total.astype(jnp.float32))
+        newer = jnp.append(state.losses[1:], total.astype(jnp.float32))
+        losses = jnp.where(jnp.isfinite(total), newer, state.losses)
     after = TrainState(state.step + 1, trainable, opt_state, mean, losses)
     if spike is not None:
         spiked = ~(jnp.isfinite(total) & jnp.isfinite(figures["grad_norm"]))
         if state.losses is not None:  # the median is no number while one of them is none
             spiked |= total > spike * jnp.median(state.losses)
-        before = dataclasses.replace(state, step=state.step + 1)
+        before = dataclasses.replace(state, step=state.step + 1, losses=losses)
         after = jax.tree.map(lambda old, new: jnp.where(spiked, old, new), before, after)
         figures["skipped"] = spiked.astype(jnp.float32)
     return after, figures
