@@ -1,5 +1,6 @@
 """Files in every form as documents: what is read, and that nothing goes missing untold."""
 
+import errno
 import gzip
 import json
 from pathlib import Path
@@ -51,6 +52,15 @@ def test_a_text_is_a_document_or_a_paragraph_or_a_line_is(verse, unit, expected,
     assert documents.report == Report(files=1, documents=len(expected))
     assert texts(documents) == expected  # again, with a report of its own
     assert documents.report.documents == len(expected)
+
+
+@pytest.mark.parametrize("unit", ["file", "paragraph", "line"])
+@pytest.mark.parametrize("content", ["", "\n \n\n"])
+def test_a_text_without_words_is_an_empty_document(tmp_path, unit, content):
+    (tmp_path / "empty.txt").write_text(content)
+    documents = read(tmp_path / "empty.txt", unit=unit)
+    assert texts(documents) == []
+    assert troubles(documents.report) == {"empty document": (1, ["empty.txt:1"])}
 
 
 def test_wrong_bytes_cost_the_unit_that_they_are_in(tmp_path):
@@ -161,6 +171,34 @@ def test_a_damaged_archive_gives_what_can_be_read(tmp_path, damage):
         list(read(path, strict=True))
 
 
+@pytest.mark.parametrize("name", ["b.txt", "b.jsonl.gz", "b.parquet", "b.array_record"])
+def test_what_may_be_readable_later_ends_the_pass(tmp_path, name):
+    if name == "b.parquet":
+        pytest.importorskip("pyarrow")
+    (tmp_path / "a.txt").write_text("whole")
+    (tmp_path / name).touch()
+    documents = read(tmp_path / "a.txt", tmp_path / name)
+    (tmp_path / name).unlink()
+    with pytest.raises(OSError, match=rf"{name} cannot be read now \(.*No such file"):
+        list(documents)
+    assert not documents.report.troubles
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "a bad disk"), TimeoutError("too late")])
+def test_a_disk_that_fails_is_no_broken_parquet(tmp_path, monkeypatch, error):
+    parquet = pytest.importorskip("pyarrow.parquet")
+
+    def fail(path):
+        raise error
+
+    monkeypatch.setattr(parquet, "ParquetFile", fail)
+    (tmp_path / "some.parquet").touch()
+    documents = read(tmp_path / "some.parquet")
+    with pytest.raises(OSError, match=r"some.parquet cannot be read now .*(a bad disk|too late)"):
+        list(documents)
+    assert not documents.report.troubles
+
+
 def test_array_records_are_json_or_text(tmp_path):
     path = tmp_path / "some.array_record"
     writer = ArrayRecordWriter(str(path), "group_size:1")
@@ -197,10 +235,29 @@ def test_parquet(tmp_path):
     documents = read(tmp_path / "some.parquet", key="title")
     assert texts(documents) == []
     assert documents.report.left_out == 701
+    whole = (tmp_path / "some.parquet").read_bytes()
+    damaged = whole[:20] + 40 * b"\x07" + whole[60:]  # an OSError, of pyarrow's own
+    (tmp_path / "some.parquet").write_bytes(damaged)
+    documents = read(tmp_path / "some.parquet")
+    assert texts(documents) == []
+    assert documents.report.left_out == 1
     (tmp_path / "some.parquet").write_bytes(b"PAR1 but not really")
     documents = read(tmp_path / "some.parquet")
     assert texts(documents) == []
     assert documents.report.left_out == 1
+
+
+def test_a_string_of_parquet_that_is_not_utf_8_costs_its_row(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    words = [str(i).encode() for i in range(600)]
+    words[3] = words[299] = b"caf\xe9"
+    column = pyarrow.array(words, pyarrow.binary()).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "some.parquet")
+    documents = read(tmp_path / "some.parquet")
+    assert texts(documents) == [str(i) for i in range(600) if i not in (3, 299)]
+    places = ["some.parquet:4", "some.parquet:300"]
+    assert troubles(documents.report) == {"not utf-8": (2, places)}
 
 
 def test_saved_datasets(tmp_path):
@@ -243,7 +300,14 @@ def test_paths_globs_and_folders(tmp_path, verse):
     (tmp_path / "picture.png").touch()
     assert texts(read(tmp_path / "*.jsonl")) == ["a.jsonl", "b.jsonl"]
     assert texts(read(f"{tmp_path}/**/*.jsonl")) == ["a.jsonl", "b.jsonl", "deep/c.jsonl"]
-    assert len(texts(read(tmp_path))) == 4  # the text too
+    folder = read(tmp_path)
+    assert len(texts(folder)) == 4  # the text too
+    unknown = "a file whose name does not tell how to read it"
+    assert troubles(folder.report) == {unknown: (1, ["picture.png"])}
+    assert folder.report.files == 4
+    assert "picture.png" not in str(folder.identity())  # the documents do not depend on it
+    with pytest.raises(BrokenDocument, match=r"picture.png: a file whose name"):
+        list(read(tmp_path, strict=True))
     assert texts(read(tmp_path / "b.jsonl", tmp_path / "deep")) == ["b.jsonl", "deep/c.jsonl"]
     assert texts(read(tmp_path / "b.jsonl", form="text")) == ['{"text": "b.jsonl"}']
     with pytest.raises(ValueError, match=r"picture.png: its name does not tell how .* give form="):

@@ -10,7 +10,17 @@ import shutil
 import numpy as np
 import pytest
 
-from dllm_jax.data import BrokenDocument, Source, Store, StoreData, batches, read, store, tokenise
+from dllm_jax.data import (
+    BrokenDocument,
+    Source,
+    Store,
+    StoreData,
+    batches,
+    read,
+    readers,
+    store,
+    tokenise,
+)
 from dllm_jax.data import train_tokenizer as train
 from dllm_jax.data.documents import Document, key
 from dllm_jax.pretraining import sources
@@ -329,6 +339,24 @@ def test_a_store_that_is_not_whole_is_made_anew(tmp_path, tokenizer, name):
     file.unlink()
     assert make() == facts
     assert file.read_bytes() == content
+
+
+def test_a_file_that_cannot_be_read_now_leaves_no_store(tmp_path, tokenizer, monkeypatch):
+    (tmp_path / "a.txt").write_text("one\ntwo")
+    documents = read(tmp_path / "a.txt", unit="line")
+
+    def refused(*_, **__):
+        yield 1, "one"
+        raise PermissionError("not yours")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(readers, "_lines", refused)
+        with pytest.raises(OSError, match=r"a.txt cannot be read now \(PermissionError: not yours"):
+            tokenise(documents, tokenizer, tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+    facts = tokenise(documents, tokenizer, tmp_path / "s")
+    assert facts["splits"]["train"]["documents"] == 2
+    assert facts["report"]["troubles"] == {}
 
 
 def test_a_store_whose_facts_are_damaged_gives_way(tmp_path, tokenizer):

@@ -20,7 +20,7 @@ import pytest
 
 from dllm_jax import training
 from dllm_jax.corruption import MaskedBlocks
-from dllm_jax.data import Conversations, write_part
+from dllm_jax.data import Conversations, Store, tokenise, train_tokenizer, write_part
 from dllm_jax.losses import DualStream
 from dllm_jax.nn.adapters import AdapterConfig
 from dllm_jax.nn.transformer import Transformer
@@ -28,6 +28,7 @@ from dllm_jax.nn.tree import param_shapes
 from dllm_jax.pretraining import ConversationData
 from dllm_jax.testing import tiny
 from dllm_jax.training import loop, records, step
+from dllm_jax.training.feed import what_is_cut
 from dllm_jax.training.identity import described
 from tests import toy_training
 
@@ -255,6 +256,37 @@ def test_what_a_run_is_about_is_told_by_what_is_not_as_usual():
     assert found == "DualStream(noise=MaskedBlocks(blocks=4), ar_weight=0.5)"
     assert described(object()) == "object()"
     assert " at 0x" not in described(crash)
+
+
+def test_rows_that_the_length_cuts_are_told_of(folder, tmp_path, capsys):
+    fit(tmp_path / "whole", folder, steps=1, evaluate_every=0)
+    assert "cuts" not in capsys.readouterr().out  # the longest has 12 tokens
+    fit(tmp_path / "cut", folder, steps=1, evaluate_every=0, length=8)
+    told = "length=8 cuts 51 of 64 rows; nothing to learn is left in 0\n"
+    assert told in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"length=3 leaves nothing to learn: .* each of 64 rows"):
+        fit(tmp_path / "nothing", folder, steps=1, evaluate_every=0, length=3)
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_store_knows_what_is_cut_without_a_row(tmp_path, monkeypatch):
+    talks = [
+        [{"role": "user", "content": "x" * i}, {"role": "assistant", "content": "y"}]
+        for i in range(1, 9)
+    ]
+    tokenizer = train_tokenizer([], 300, tmp_path / "bytes", kind="byte", chat=True)
+    tokenise(talks, tokenizer, tmp_path / "store")
+    store = Store(tmp_path / "store")
+    sizes = [len(row.tokens) for row in store]
+    prompts = [row.prompt for row in store]
+    monkeypatch.setattr(Store, "__getitem__", lambda *_: crash())
+    assert what_is_cut(store, max(sizes)) == ""
+    told = what_is_cut(store, prompts[5])
+    cut = sum(size > prompts[5] for size in sizes)
+    assert told == f"length={prompts[5]} cuts {cut} of 8 rows; nothing to learn is left in 3"
+    with pytest.raises(ValueError, match="the prompt of each of 8 rows fills it"):
+        what_is_cut(store, min(prompts))
+    assert what_is_cut([], 3) == ""  # nobody knows
 
 
 def test_evaluation_reads_as_many_rows_as_it_is_told(folder, tmp_path, monkeypatch):

@@ -48,16 +48,17 @@ def read(
     """The documents of files, in the order of the paths; a glob's or folder's by name.
 
     Args:
-      paths: files, globs ("data/**/*.jsonl"), folders (every file of a known form below them),
-        folders that `datasets` saved to disk, or "hf:NAME@SPLIT", a dataset that `datasets` loads.
+      paths: files, globs ("data/**/*.jsonl"), folders (every file of a known form below them; the
+        report names others), folders that `datasets` saved to disk, or "hf:NAME@SPLIT", a dataset
+        that `datasets` loads.
       form: "text", "jsonl", "parquet" or "arrayrecord"; by the end of each name by default.
       unit: what of a text file is one document: all of it, a paragraph (between blank lines), or
         a line.
       key: the field that holds the text. Where a record has none, "messages" is a conversation,
         and so are "prompt" and "completion".
       encoding: of texts and JSON lines. A byte order mark at the start is no text.
-      strict: raise `BrokenDocument` at the first document that cannot be used, instead of
-        counting it in the report.
+      strict: raise `BrokenDocument` at the first document or file of a folder that cannot be
+        used, instead of counting it in the report.
 
     Raises:
       FileNotFoundError: a path or glob names nothing.
@@ -69,27 +70,41 @@ def read(
     if form is not None and form not in _OPENERS:
         raise ValueError(f"form={form!r} is not known: {', '.join(sorted(_OPENERS))}")
     found = [source for path in paths for source in _sources(os.fspath(path), form)]
-    return Files(found, unit=unit, key=key, encoding=encoding, strict=strict)
+    known = [(path, name) for path, name in found if name is not None]
+    unknown = [path for path, name in found if name is None]
+    return Files(known, unknown, unit=unit, key=key, encoding=encoding, strict=strict)
+
+
+class BrokenFile(Exception):
+    """What a file holds is not of its form: no other try will read it."""
 
 
 class Files:
-    """Documents of files; each pass over them reads anew and makes a new `report`."""
+    """Documents of files; each pass over them reads anew and makes a new `report`.
+
+    What is broken in a file is counted there. One that cannot be read now, but perhaps later (no
+    permission, a lost connection), ends the pass with an `OSError`.
+    """
 
     def __init__(
-        self, sources: list[tuple[str, str]], *, unit: str, key: str, encoding: str, strict: bool
-    ):
-        """See `read`; `sources` are (path, form)."""
+        self, sources: list[tuple[str, str]], unknown: list[str], *, unit: str, key: str,
+        encoding: str, strict: bool,
+    ):  # fmt: skip
+        """See `read`; `sources` are (path, form), `unknown` the files whose form is not known."""
         if unit not in ("file", "paragraph", "line"):
             raise ValueError(f"unit={unit!r} is not known: file, paragraph, line")
         try:
             "".encode(encoding)
         except LookupError:
             raise ValueError(f"encoding={encoding!r} is not known, as utf-8 or latin-1") from None
-        self.sources, self.unit, self.key, self.encoding = sources, unit, key, encoding
+        self.sources, self.unknown = sources, unknown
+        self.unit, self.key, self.encoding = unit, key, encoding
         self.strict, self.report = strict, Report(strict=strict)
 
     def __iter__(self) -> Iterator[Document]:
         self.report = report = Report(strict=self.strict)
+        for path in self.unknown:
+            report.trouble("a file whose name does not tell how to read it", path)
         for path, form in self.sources:
             report.files += 1
             try:
@@ -99,9 +114,14 @@ class Files:
                     else:
                         report.documents += 1
                         yield found
-            except (OSError, EOFError, zlib.error, UnicodeError) as error:
+            except (BrokenFile, gzip.BadGzipFile, EOFError, zlib.error, UnicodeError) as error:
                 kind = f"the rest of the file cannot be read ({type(error).__name__})"
                 report.trouble(kind, f"{path}: {error}")
+            except OSError as error:
+                raise OSError(
+                    f"{path} cannot be read now ({type(error).__name__}: {error}): nothing says"
+                    " that it is broken, so it is not left out; try again"
+                ) from error
 
     def identity(self) -> dict[str, Any]:
         """Names, sizes and times of change of the files, and how they are read."""
@@ -117,7 +137,8 @@ Found = Iterator[tuple[Document | str, str]]
 """A document or a kind of trouble, each with its place."""
 
 
-def _sources(path: str, form: str | None) -> list[tuple[str, str]]:
+def _sources(path: str, form: str | None) -> list[tuple[str, str | None]]:
+    """Files with their forms: None is of files in a folder whose form is not known."""
     if path.startswith(HUB):
         return [(path, "datasets")]
     path = os.path.expanduser(path)
@@ -125,10 +146,10 @@ def _sources(path: str, form: str | None) -> list[tuple[str, str]]:
         if _saved(path):
             return [(path, "datasets")]
         inside = sorted(str(p) for p in Path(path).rglob("*") if p.is_file())
-        known = [(p, form or _form(p)) for p in inside if form or _form(p) is not None]
-        if not known:
+        found = [(p, form or _form(p)) for p in inside]
+        if not any(name for _, name in found):
             raise FileNotFoundError(f"{path} holds no file of a known form ({', '.join(FORMS)})")
-        return [(p, name) for p, name in known if name is not None]
+        return found
     if os.path.exists(path):
         name = form or _form(path)
         if name is None:
@@ -161,12 +182,15 @@ def _stamp(path: str) -> tuple[int, int]:
 
 
 def _texts(path: str, how: Files) -> Found:
-    """Of a text file: all of it, paragraphs or lines. Lines end with \\n in what is handed on."""
+    """Of a text file: all of it, paragraphs or lines. Lines end with \\n in what is handed on.
+
+    A file without words is an empty document.
+    """
     parts: list[str] = []
-    begin, broken = 1, 0
+    begin, broken = 0, 0
 
     def made() -> tuple[Document | str, str]:
-        place = f"{path}:{broken or begin}"
+        place = f"{path}:{broken or begin or 1}"
         if broken:
             return f"not {how.encoding}", place
         return checked_text("\n".join(parts), place), place
@@ -184,7 +208,7 @@ def _texts(path: str, how: Files) -> Found:
         parts.append(line)
         if not broken and _UNDECODED.search(line):
             broken = number
-    if parts or how.unit == "file":
+    if parts or not begin:
         yield made()
 
 
@@ -233,12 +257,27 @@ def _parquet(path: str, how: Files) -> Found:
         names = [name for name in (how.key, *_FIELDS) if name in file.schema_arrow.names]
         row = 0
         for batch in file.iter_batches(batch_size=256, columns=names or None):
-            for record in batch.to_pylist():
+            for record in _records(batch):
                 row += 1
                 place = f"{path}:{row}"
-                yield _from_record(record, place, how.key), place
-    except _package("pyarrow", "data").ArrowInvalid as error:
-        raise OSError(f"not readable as Parquet ({error})") from error
+                if record is None:
+                    yield "not utf-8", place
+                else:
+                    yield _from_record(record, place, how.key), place
+    except (_package("pyarrow", "data").ArrowInvalid, OSError) as error:
+        if isinstance(error, OSError) and (type(error) is not OSError or error.errno):
+            raise  # of the system: what pyarrow says of a damaged file has no number
+        raise BrokenFile(f"not readable as Parquet ({error})") from error
+
+
+def _records(batch: Any) -> list[dict[str, Any] | None]:
+    """The rows of a Parquet batch; None: one with a string that is not UTF-8."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        if len(batch) == 1:
+            return [None]
+        return [record for i in range(len(batch)) for record in _records(batch.slice(i, 1))]
 
 
 def _array_record(path: str, how: Files) -> Found:
@@ -260,7 +299,9 @@ def _array_record(path: str, how: Files) -> Found:
                     yield "not utf-8", place
         file.close()
     except RuntimeError as error:  # of a damaged file, also when it is closed
-        raise OSError(f"not readable as ArrayRecord ({error})") from error
+        if re.match(r"\w+\(\) failed: ", str(error)):  # a call to the system did
+            raise OSError(str(error)) from error
+        raise BrokenFile(f"not readable as ArrayRecord ({error})") from error
 
 
 def _dataset(path: str, how: Files) -> Found:

@@ -64,6 +64,7 @@ def tokenise(
     Raises:
       BrokenDocument: the documents are strict, and something was left out, now or when the store
         was made.
+      OSError: a file cannot be read now, and perhaps later; no store is left of what could be.
       ValueError: `heldout` is not in [0, 1), the folder holds another store or something else, or
         no document is left for training.
     """

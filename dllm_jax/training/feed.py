@@ -1,4 +1,7 @@
-"""How batches get onto a mesh: which rows this process reads, and where they go."""
+"""How batches get onto a mesh: which rows this process reads, and where they go.
+
+And what their length costs.
+"""
 
 from typing import Any
 
@@ -6,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from dllm_jax.data import Conversations, Source, Store
 from dllm_jax.sharding import Rules, make_mesh, mesh_of, shardings
 from dllm_jax.typing import Params
 
@@ -60,6 +64,34 @@ class Feed:
             return jax.make_array_from_callback(shape, homes[local.ndim], shard)
 
         return {name: one(local) for name, local in given.items()}
+
+
+def what_is_cut(source: Source, length: int) -> str:
+    """In words, the rows that `length` cuts and those with nothing to learn; "" of none.
+
+    Of a store and of conversations, whose rows need not be read for it; of others "" too.
+
+    Raises:
+      ValueError: no row has anything to learn.
+    """
+    if isinstance(source, Store):
+        sizes, prompts = np.diff(source.ends, prepend=0), source.prompts
+    elif isinstance(source, Conversations):
+        sizes = np.array([len(row.tokens) for row in source.rows])
+        prompts = np.array([row.prompt for row in source.rows])
+    else:
+        return ""
+    rows, longer = len(sizes), int((sizes > length).sum())
+    empty = int((prompts >= np.minimum(sizes, length)).sum())
+    if empty == rows:
+        raise ValueError(
+            f"length={length} leaves nothing to learn: the prompt of each of {rows:,} rows fills it"
+        )
+    if not (longer or empty):
+        return ""
+    return (
+        f"length={length} cuts {longer:,} of {rows:,} rows; nothing to learn is left in {empty:,}"
+    )
 
 
 def _divides(home: NamedSharding, batch: int) -> bool:

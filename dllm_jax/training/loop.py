@@ -32,7 +32,7 @@ from dllm_jax.losses import Objective
 from dllm_jax.sharding import EVERY, Rules, scope
 from dllm_jax.sources import absolute
 from dllm_jax.training import checkpoints, curves, records
-from dllm_jax.training.feed import Feed, training_mesh
+from dllm_jax.training.feed import Feed, training_mesh, what_is_cut
 from dllm_jax.training.identity import check_same, described
 from dllm_jax.training.reports import reports
 from dllm_jax.training.spikes import Spike, Watch
@@ -143,8 +143,9 @@ def fit(
     Raises:
       ValueError: the folder holds a run of other parameters, an optimiser that keeps other things
         (another learning rate is welcome), another seed, batch, length, number of rows or `about`,
-        or no checkpoint of it can be read; or the batch does not fit the mesh. A new number of
-        steps is welcome: the schedule follows it. So is another mesh.
+        or no checkpoint of it can be read; or the batch does not fit the mesh; or, cut at the
+        length, no row has anything to learn. A new number of steps is welcome: the schedule follows
+        it. So is another mesh.
       Spike: a step was not applied, and `config.on_spike` is stop; or `WINDOW` one after the other
         were not.
       ModuleNotFoundError: what `config.report` names is not installed.
@@ -153,6 +154,9 @@ def fit(
         raise ValueError(
             f"length={config.length} is more than the model's max_length={model.config.max_length}"
         )
+    cuts = what_is_cut(source, config.length)
+    if cuts and not int(state.step) and distributed.is_first():  # once, of many phases
+        print(cuts)
     run.mkdir(parents=True, exist_ok=True)
     placed = {**params, **state.trainable}
     mesh = training_mesh(placed)
