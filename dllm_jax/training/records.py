@@ -5,6 +5,7 @@ Of many processes the first writes; on the others these do nothing.
 
 import contextlib
 import json
+import math
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -53,6 +54,15 @@ def metrics(path: Path, done: int) -> Iterator[Callable[[dict[str, Any]], None]]
         rewritten.rename(path)  # whole or not at all: a kill here loses no line
     with path.open("a", buffering=1) as file:
         yield lambda row: print(json.dumps(row), file=file)
+
+
+def known(figures: dict[str, float]) -> dict[str, float]:
+    """The figures without those that are NaN, of which there was nothing to count.
+
+    A loss, or the norm of a gradient, is kept: there NaN says that a step went wrong.
+    """
+    kept = ("loss", "grad_norm")
+    return {name: x for name, x in figures.items() if not math.isnan(x) or name.endswith(kept)}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
