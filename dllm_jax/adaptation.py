@@ -253,12 +253,14 @@ def built(settings: TransformerConfig, config: Adapt) -> tuple[Transformer, Obje
     """The model, with the blocks of the noise where no phases change them, and the objective.
 
     Raises:
-      ValueError: the model is not causal, and no objective is given.
+      ValueError: the model is not causal or its outputs are not shifted, and no objective is given.
     """
-    if config.objective is None and settings.attention != "causal":
+    kind = (settings.attention, settings.alignment)
+    if config.objective is None and kind != ("causal", "shifted"):
         raise ValueError(
-            f"attention={settings.attention!r}: the default objective, the dual stream, is for"
-            " causal models; give objective=Diffusion(noise=MaskNoise(...))"
+            f"attention={kind[0]!r}, alignment={kind[1]!r}: the default objective, the dual stream,"
+            " is for causal models with shifted outputs; give objective=Diffusion(noise=MaskNoise("
+            "...))"
         )
     first = settings.adapter.first_layer if settings.adapter else 0
     objective = config.objective or DualStream(noise=config.noise, frozen_layers=first)

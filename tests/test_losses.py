@@ -213,5 +213,25 @@ def test_a_batch_with_nothing_to_learn_costs_nothing():
         lambda b: DualStream(noise=MaskedBlocks(block_size=2, blocks=1)).loss(MODEL, PARAMS, b, KEY)
     )(batch)
     assert loss == 0
-    assert figures["accepted"] == 0
+    assert np.isnan([figures[name] for name in ("accuracy_0", "accuracy_1", "accepted")]).all()
     assert "ar" not in figures
+
+
+def test_drafts_are_counted_in_the_parts_that_have_some_and_at_the_places_that_do():
+    """Row 0 has an answer of two tokens behind its prompt's last one, row 1 none."""
+    batch = {**BATCH, "prompts": BATCH["lengths"] - jnp.array([3, 0])}
+    whole = DualStream(noise=MaskedBlocks(block_size=T, blocks=2, whole=1.0))
+    drawn = whole.draw(MODEL, batch, KEY)
+    score = jax.jit(lambda drawn: whole.score(MODEL, PARAMS, drawn)[1])
+    expected = score(drawn)
+    ends = [float(expected[f"accuracy_{i}"]) for i in range(T)]
+    assert np.isfinite(ends[:2]).all()
+    assert np.isnan(ends[2:]).all()
+    assert np.isfinite(expected["accepted"])
+    one, other = (
+        score(drawn.with_rows(jax.tree.map(lambda x, i=i: x[i : i + 1], drawn.rows)))
+        for i in range(2)
+    )
+    assert other["accuracy_0"] == other["accepted"] == 0
+    for name, value in expected.items():
+        np.testing.assert_allclose(one[name] + other[name], value, rtol=1e-6, err_msg=name)

@@ -292,6 +292,8 @@ def test_the_loss_and_its_gradient_on_a_mesh(name, sizes, explicit):
     tokens = np.random.default_rng(0).integers(3, 30, (8, 128)).astype(np.int32)
     batch = {"tokens": tokens, "lengths": np.full(8, 120), "prompts": np.arange(8) + 2}
     objective = losses.DualStream(noise=MaskedBlocks(block_size=8, blocks=16), ar_weight=0.5)
+    if name != "causal":
+        objective = losses.Diffusion(noise=MaskNoise(block_size=8))
 
     @jax.jit
     def run(params, batch):

@@ -333,6 +333,27 @@ def test_documents_of_a_row_cost_what_they_cost_alone(attention: str, alignment:
         np.testing.assert_allclose(both, each, rtol=1e-5)
 
 
+def test_a_noise_level_that_no_entry_has_is_no_number():
+    """Levels 1 and 3 alone, each in one row: a part without a level adds nothing to its mean."""
+    objective, (model, params) = Diffusion(), model_of("bidirectional")
+    text = NoisyText(
+        jnp.full((2, 1, L), MASK), jnp.array([[[0.3] * L], [[0.8] * L]]),
+        jnp.asarray(np.isin(np.arange(L), (2, 3)), jnp.float32) * jnp.ones((2, 1, 1)),
+    )  # fmt: skip
+    drawn = objective.given(model, BATCH, text)
+    score = jax.jit(lambda drawn: objective.score(model, params, drawn)[1])
+    found = score(drawn)
+    assert [bool(np.isnan(found[f"level_{i}"])) for i in range(4)] == [True, False, True, False]
+    parts = [
+        score(drawn.with_rows(jax.tree.map(lambda x, i=i: x[i : i + 1], drawn.rows)))
+        for i in range(2)
+    ]
+    assert (parts[0]["level_3"], parts[1]["level_1"]) == (0, 0)
+    for i in (1, 3):
+        total = parts[0][f"level_{i}"] + parts[1][f"level_{i}"]
+        np.testing.assert_allclose(total, found[f"level_{i}"], rtol=1e-6)
+
+
 def test_noise_levels_are_spread_over_a_batch():
     model, _ = model_of("block_causal")
     noise = MaskNoise(block_size=T, counts="independent")
@@ -555,8 +576,11 @@ def test_bad_settings_are_told_so():
     ):
         with pytest.raises(ValueError, match=said):
             objective.loss(*blocks, BATCH, key)
-    with pytest.raises(ValueError, match="for causal models"):
-        DualStream().loss(*model_of("bidirectional"), BATCH, key)
+    for attention in ("bidirectional", "block_causal"):
+        with pytest.raises(ValueError, match=f"for causal models; this one is {attention}"):
+            DualStream().loss(*model_of(attention, "shifted"), BATCH, key)
+    with pytest.raises(ValueError, match="those of this model are same_position"):
+        DualStream().loss(*model_of("causal"), BATCH, key)
     outside = tiny(adapter=True, vocab_size=V)
     with pytest.raises(ValueError, match="within the vocabulary"):
         Diffusion(noise=MixedNoise(block_size=2)).loss(*outside, BATCH, key)

@@ -1,5 +1,6 @@
 """Plans: settings and meshes by name, collectives of known programs, the command."""
 
+import dataclasses
 import json
 
 import jax
@@ -11,9 +12,12 @@ from jax.sharding import PartitionSpec as P
 import dllm_jax.plan
 from dllm_jax.bench.collectives import collectives
 from dllm_jax.cli import main
+from dllm_jax.losses import Diffusion, DualStream
 from dllm_jax.nn.transformer import TransformerConfig
 from dllm_jax.plan import NAMED, plan
 from dllm_jax.plan.compiled import Compiled
+from dllm_jax.plan.programs import objective, program
+from dllm_jax.plan.setting import setting
 from dllm_jax.plan.topology import default_layouts, layout, topology_of
 from dllm_jax.sharding import make_mesh
 
@@ -185,6 +189,28 @@ TINY = TransformerConfig(
     head_dim=64, ffn_dim=512, attention="block_causal", block_size=16, alignment="same_position",
     mask_id=2047,
 )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        (TINY, Diffusion),
+        (dataclasses.replace(TINY, alignment="shifted"), Diffusion),
+        (dataclasses.replace(TINY, attention="causal"), Diffusion),
+        (dataclasses.replace(TINY, attention="causal", alignment="shifted"), DualStream),
+    ],
+)
+def test_a_model_is_trained_by_what_is_made_for_it(config, kind, monkeypatch):
+    """In blocks of another size than the model's too; the program is traced."""
+    monkeypatch.setitem(NAMED, "tiny", NAMED["sdar-8b"]._replace(config=config, block=16))
+    own = setting("tiny", "train", batch=4, context=64, block=8)
+    found = objective(own)
+    assert isinstance(found, kind)
+    assert (found.entries(4, 64), found.outputs(4, 64)) == (4 * 128, 4 * 64)
+    planned = program(own, make_mesh(data=1))
+    changed, _ = jax.eval_shape(planned.function, *planned.arguments.values())
+    expected = planned.arguments["trained"] + planned.arguments["optimiser"]
+    assert [x.shape for x in changed] == [x.shape for x in expected]
 
 
 @pytest.mark.aot("tpu")

@@ -436,8 +436,13 @@ def test_what_an_adaptation_cannot_be(base, tmp_path):
         adaptation.adapted(tiny()[0].config, adapt_to(base, tmp_path, **lora, family="sdar"))
     for attention in ("block_causal", "bidirectional"):
         fields = dict(adapter=None, attention=attention, objective=None, phases=())
-        with pytest.raises(ValueError, match=f"'{attention}': the default objective, the dual st"):
+        with pytest.raises(ValueError, match=f"'{attention}'.*the default objective, the dual st"):
             adaptation.adapt(adapt_to(base, tmp_path, **fields))
+    fields = dict(
+        adapter=None, attention="causal", alignment="same_position", objective=None, phases=()
+    )
+    with pytest.raises(ValueError, match="'same_position': the default objective, the dual stream"):
+        adaptation.adapt(adapt_to(base, tmp_path, **fields))
     with pytest.raises(ValueError, match=r"the family 'sdar' cannot say qk_norm=False"):
         adaptation.adapt(adapt_to(base, tmp_path, adapter=None, family="sdar"))
 

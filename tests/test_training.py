@@ -309,6 +309,34 @@ def test_evaluation_reads_as_many_rows_as_it_is_told(folder, tmp_path, monkeypat
     assert [given["batch"] for given in asked] == [4]  # for the memory of a part
 
 
+def test_a_figure_that_a_batch_does_not_have_is_the_mean_of_the_others(folder, tmp_path):
+    class Some:
+        def loss(self, model, params, batch, key):
+            first = batch["tokens"][0, 0].astype(jnp.float32)
+            none, low = jnp.float32(jnp.nan), first < bound
+            figures = {"low": jnp.where(low, first, none), "none": none}
+            return jnp.where(low | whole, first, none), figures
+
+    source = Conversations(folder, "train")
+    settings = dict(batch=1, length=12, limit=64)
+    firsts = [source[i].tokens[0] for i in range(64)]
+    bound, whole = int(np.median(firsts)), True
+    found = training.evaluate(MODEL, PARAMS, Some(), source, **settings)
+    assert found["low"] == pytest.approx(np.mean([x for x in firsts if x < bound]))
+    assert found["loss"] == pytest.approx(np.mean(firsts))
+    assert np.isnan(found["none"])
+    whole = False
+    assert np.isnan(training.evaluate(MODEL, PARAMS, Some(), source, **settings)["loss"])
+
+
+def test_figures_that_are_no_number_are_left_out_of_the_metrics(tmp_path):
+    toy_training.write(tmp_path)
+    look = {"look": lambda params, step: {"loss": np.nan, "level_0": np.nan, "level_1": 1.0}}
+    toy_training.fit(tmp_path / "run", steps=1, evaluate_every=1, evaluations=look)
+    own = training.read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert list(own) == ["step", "look_loss", "look_level_1"]
+
+
 def test_a_signal_asks_those_around_too():
     with records.interrupts() as outer:
         with records.interrupts() as inner:

@@ -14,9 +14,11 @@ import pytest
 
 from dllm_jax import training
 from dllm_jax.cli import main
-from dllm_jax.losses import Autoregressive
+from dllm_jax.corruption import MaskedBlocks, MaskNoise
+from dllm_jax.losses import Autoregressive, Diffusion, Distillation, DualStream
+from dllm_jax.nn.adapters import AdapterConfig
 from dllm_jax.testing import tiny
-from dllm_jax.training import records, throughput
+from dllm_jax.training import loop, records, throughput
 from dllm_jax.training.throughput import Meter
 from tests import toy_training
 
@@ -55,11 +57,11 @@ def test_speed_leaves_out_compiling_and_pauses(monkeypatch):
     assert found["skipped"] == 2.0
 
 
-@pytest.mark.parametrize("trained", ["all", "embed"])
-def test_flops_of_a_step_are_about_those_of_the_compiled_program(trained):
+def shares_of_the_compiled(objective, trained: str = "all", **config) -> list[float]:
+    """FLOPs of a step over those of XLA, with the entries that reach the head, and with all."""
     model, params = tiny(
-        vocab_size=256, num_layers=1, dim=64, num_heads=4, num_kv_heads=4, head_dim=16, ffn_dim=256,
-        adapter=False, mask_id=None,
+        num_layers=1, dim=64, num_heads=4, num_kv_heads=4, head_dim=16, ffn_dim=256,
+        **{"vocab_size": 1024, "mask_id": 1023, "adapter": False, **config},
     )  # fmt: skip
     batch = {
         "tokens": jnp.ones((4, 32), jnp.int32), "lengths": jnp.full(4, 32),
@@ -69,13 +71,68 @@ def test_flops_of_a_step_are_about_those_of_the_compiled_program(trained):
 
     def loss(chosen, params):
         given = {**params, **chosen}
-        return Autoregressive().loss(model, given, batch, jax.random.key(0))[0]
+        return objective.loss(model, given, batch, jax.random.key(0))[0]
 
     chosen = {name: params[name] for name in names}
     program = jax.jit(jax.grad(loss)).lower(chosen, params).compile()
     flops = program.cost_analysis()["flops"]
-    closed = training.step_flops(model.config, names, entries=128.0, length=32)
-    assert closed == pytest.approx(flops, rel=0.15)
+    outputs = (objective.outputs(4, 32), None)
+    entries = objective.entries(4, 32)
+    return [
+        training.step_flops(model.config, names, entries=entries, length=32, outputs=x) / flops
+        for x in outputs
+    ]
+
+
+@pytest.mark.parametrize("trained", ["all", "embed"])
+def test_flops_of_a_step_are_about_those_of_the_compiled_program(trained):
+    found = shares_of_the_compiled(Autoregressive(), trained, vocab_size=256, mask_id=None)
+    assert found == pytest.approx([1, 1], rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("objective", "config"),
+    [
+        (Diffusion(noise=MaskNoise(block_size=4)), dict(attention="block_causal", block_size=4)),
+        (DualStream(noise=MaskedBlocks(block_size=4, blocks=8)), {}),
+        (
+            Distillation(block_size=4),
+            dict(attention="bidirectional", adapter=AdapterConfig(rank=4, gated=False)),
+        ),
+    ],
+    ids=["blocks", "dual stream", "distillation"],
+)
+def test_flops_leave_out_the_head_where_it_is_not_applied(objective, config):
+    found, everywhere = shares_of_the_compiled(objective, **config)
+    assert found == pytest.approx(1, rel=0.05)
+    assert everywhere > 1.15
+
+
+def test_the_clean_texts_outputs_are_counted_where_they_are_learnt():
+    noise = MaskedBlocks(block_size=4, blocks=8)
+    blocks = MaskNoise(block_size=4)
+    assert Autoregressive().outputs(4, 32) == 4 * 31
+    assert DualStream(noise=noise, ar_weight=1.0).outputs(4, 32) == 4 * (32 + 31)
+    assert Diffusion(noise=blocks, ar_weight=1.0).outputs(4, 32) == 4 * (32 + 31)
+    twice = Diffusion(noise=blocks, complementary=True)
+    assert (twice.outputs(4, 32), twice.entries(4, 32)) == (4 * 64, 4 * 96)
+
+
+def test_mfu_is_of_the_entries_that_reach_the_head(tmp_path, monkeypatch):
+    model, params = tiny(mask_id=31, vocab_size=32)
+    given = []
+    monkeypatch.setattr(loop, "step_flops", lambda *_, **own: given.append(own) or 1.0)
+    objective = DualStream(noise=MaskedBlocks(block_size=2, blocks=3))
+    config = training.Fit(steps=1, batch=2, length=8, peak_flops=1e9)
+    state = training.TrainState(jnp.int32(0), params, None)
+    assert loop._rates(config, model, objective, state, 2) == (1.0, 2e9)
+    assert given == [{"entries": 28.0, "outputs": 12.0, "length": 8}]
+
+
+def test_figures_that_are_no_number_are_not_written_but_losses_are():
+    nan = float("nan")
+    figures = {"level_0": nan, "level_1": 2.0, "loss": nan, "grad_norm": nan, "heldout_loss": nan}
+    assert list(records.known(figures)) == ["level_1", "loss", "grad_norm", "heldout_loss"]
 
 
 def report_to(monkeypatch, name: str):

@@ -40,6 +40,10 @@ class Autoregressive:
         """Positions that a step computes, forward and backward."""
         return float(batch * length)
 
+    def outputs(self, batch: int, length: int) -> float:
+        """Those of them that the output head is applied to."""
+        return float(batch * (length - 1))
+
     def draw(self, model: Any, batch: dict[str, jax.Array], key: Key) -> Drawn:
         """The batch and its number of learnt tokens."""
         return Drawn(batch, {"learnt": jnp.maximum(answers(batch).sum(), 1)})

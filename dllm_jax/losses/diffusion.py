@@ -109,7 +109,9 @@ class Diffusion:
         Returns:
           The loss, and a dict of scalars: `diffusion` (its noisy part), `ar` and `entropy` (where
           they are weighted, before it), `accuracy` on entries that are learnt, `level_0`, ... their
-          mean nats by noise level, `tokens` (to be learnt).
+          mean cost by noise level before its weight (nats of the clean token; of the bounds of
+          `UniformNoise` and `MixedNoise` the rate of the divergence; NaN of a level that none has),
+          `tokens` (to be learnt).
 
         Raises:
           ValueError: the noise is not for the model.
@@ -122,10 +124,15 @@ class Diffusion:
 
     def entries(self, batch: int, length: int) -> float:
         """Positions that a step computes, forward and backward; the clean text's are some."""
-        samples = 1 + self.complementary
-        noisy = batch * samples * self._span(length)
-        told = noisy / 3 if self.self_conditioning else 0.0  # a forward pass alone
-        return noisy + told + (batch * length if self.noise.block_size else 0)
+        return self._noisy(batch, length) + (batch * length if self.noise.block_size else 0)
+
+    def outputs(self, batch: int, length: int) -> float:
+        """Those of them that the output head is applied to; the clean text's with `ar_weight`."""
+        return self._noisy(batch, length) + (batch * (length - 1) if self.ar_weight else 0)
+
+    def _noisy(self, batch: int, length: int) -> float:
+        noisy = batch * (1 + self.complementary) * self._span(length)
+        return noisy * (4 / 3 if self.self_conditioning else 1.0)  # a third: a forward pass alone
 
     def draw(self, model: Any, batch: dict[str, jax.Array], key: Key) -> Drawn:
         """The noise of a batch, with the batch: what `score` takes, whole or in parts."""
@@ -171,7 +178,7 @@ class Diffusion:
         share = jnp.broadcast_to(1 / jnp.maximum(divisor, 1), (rows,)).astype(jnp.float32)
         totals = {
             "learnt": jnp.maximum(learnt.sum(), 1),
-            "levels": jnp.maximum(jnp.array([x.sum() for x in _by_level(noisy)]), 1),
+            "levels": jnp.array([x.sum() for x in _by_level(noisy)]),  # 0: the figure is NaN
         }
         if self.ar_weight:
             totals["scored"] = jnp.maximum(answers(batch).sum(), 1)

@@ -67,6 +67,10 @@ class Distillation:
         """Positions that a step computes, forward and backward; the teacher's are a third."""
         return batch * length * (2 + 1 / 3)
 
+    def outputs(self, batch: int, length: int) -> float:
+        """Those of them that the output head is applied to: not those of the prompt's own pass."""
+        return batch * length * (1 + 1 / 3)
+
     def draw(self, model: Any, batch: dict[str, jax.Array], key: Key) -> Drawn:
         """The noise of a batch, with the batch."""
         _check(model.config, batch)

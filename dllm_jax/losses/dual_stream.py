@@ -28,8 +28,8 @@ from pallas_kernels import BlockMask
 class DualStream:
     """The joint objective; static under jit.
 
-    It is made for causal models. Of a block-causal one a clean token sees its own block, in which a
-    noisy block may begin: `Diffusion` trains those, in whole blocks.
+    It is made for causal models with shifted outputs. Of a block-causal one a clean token sees its
+    own block, in which a noisy block may begin: `Diffusion` trains those, in whole blocks.
     """
 
     noise: MaskedBlocks = MaskedBlocks()
@@ -58,7 +58,11 @@ class DualStream:
           The loss in nats per learnt token, and a dict of scalars: `diffusion` (its noisy part),
           `ar` (when weighted), and for the blocks that are all masks `accuracy_0`, `accuracy_1`,
           ... by place in the block, and `accepted`, the expected number of drafts that a greedy
-          check would pass.
+          check would pass. They are NaN where there are no such blocks.
+
+        Raises:
+          ValueError: the model is not causal, its outputs are not shifted, it has no mask token, or
+            rows hold more than a prompt and its answer.
         """
 
         def run(params: Params, batch: dict[str, jax.Array], key: Key):
@@ -70,19 +74,33 @@ class DualStream:
         """Positions that a step computes, forward and backward, of both streams."""
         return float(batch * (length + self.noise.blocks * self.noise.block_size))
 
+    def outputs(self, batch: int, length: int) -> float:
+        """Those of them that the output head is applied to; the clean text's with `ar_weight`."""
+        clean = length - 1 if self.ar_weight else 0
+        return float(batch * (clean + self.noise.blocks * self.noise.block_size))
+
     def draw(self, model: Transformer, batch: dict[str, jax.Array], key: Key) -> Drawn:
         """The noise of a batch, with the batch: what `score` takes, whole or in parts."""
-        tokens, lengths, mask_id = batch["tokens"], batch["lengths"], model.config.mask_id
+        config = model.config
+        tokens, lengths, mask_id = batch["tokens"], batch["lengths"], config.mask_id
         if mask_id is None:
             raise ValueError("the model has no mask token to train; set mask_id in its config")
-        if model.config.attention == "bidirectional":
-            raise ValueError("the dual stream is for causal models; this one is bidirectional")
+        if config.attention != "causal":
+            raise ValueError(
+                f"the dual stream is for causal models; this one is {config.attention}: train it"
+                " with Diffusion"
+            )
+        if config.alignment != "shifted":
+            raise ValueError(
+                "the dual stream teaches each output the next token; those of this model are"
+                f" {config.alignment}: train it with Diffusion, or set alignment='shifted'"
+            )
         if "segments" in batch or "given" in batch:
             raise ValueError("one text a row here, whose given tokens are its prompt")
         noisy = self.noise.draw(key, tokens, lengths, batch["prompts"], mask_id)
         totals = {
             "learnt": jnp.maximum(noisy.weights.sum(), 1.0),
-            "counted": jnp.maximum(self._counted(noisy).sum(axis=0), 1),
+            "counted": self._counted(noisy).sum(axis=0),  # 0: the figure is NaN
         }
         if self.ar_weight:
             totals["scored"] = jnp.maximum(answers(batch).sum(), 1)
@@ -130,7 +148,8 @@ class DualStream:
         right = (best == noisy.targets).reshape(-1, size)
         share = lambda hits: (hits & counted).sum(axis=0) / totals  # noqa: E731
         accuracy = share(right)
-        accepted = share(jnp.cumprod(right, axis=1).astype(bool)).sum()
+        passed = share(jnp.cumprod(right, axis=1).astype(bool))
+        accepted = jnp.where(totals.any(), jnp.nansum(passed), jnp.nan)  # short answers end early
         return {**{f"accuracy_{j}": accuracy[j] for j in range(size)}, "accepted": accepted}
 
 

@@ -2,22 +2,23 @@
 
 decode   one denoising step (or one step of verification) on its state, which is donated
 prefill  the state from a prompt, and the first step, which rides on it
-train    one step of `training` on the dual stream: AdamW, every layer computed again
+train    one step of `training` on two streams: AdamW, every layer computed again
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dllm_jax import training
-from dllm_jax.corruption import MaskedBlocks
+from dllm_jax.corruption import MaskedBlocks, MaskNoise
 from dllm_jax.decode import denoise, verify
 from dllm_jax.decode.prompt import BUCKET, Job, Memory, Prompt, chunk_of, edge
 from dllm_jax.decode.start import initial
-from dllm_jax.losses import DualStream
+from dllm_jax.losses import Diffusion, DualStream
 from dllm_jax.nn.tree import param_axes, param_shapes
 from dllm_jax.plan.setting import Setting
 from dllm_jax.recipes import Verified
@@ -87,8 +88,10 @@ def _prefill(setting: Setting, mesh: Mesh) -> Planned:
 
 
 def _train(setting: Setting, mesh: Mesh) -> Planned:
-    config = setting.config
-    shapes, model = param_shapes(config), cast(Any, config.build())
+    config: Any = setting.config
+    if config.attention == "block_causal":  # a model is trained in its own blocks
+        config = dataclasses.replace(config, block_size=setting.block)
+    shapes, model = param_shapes(config), config.build()
     names = ("adapter",) if getattr(config, "adapter", None) else tuple(shapes)
     rest = tuple(name for name in shapes if name not in names)
     tx = training.Optimiser().build(1000)
@@ -115,10 +118,12 @@ def _train(setting: Setting, mesh: Mesh) -> Planned:
     return Planned(step, arguments, ("trained", "optimiser"), alone=False)
 
 
-def objective(setting: Setting) -> DualStream:
-    """The dual stream of a setting, in which every position is noisy once."""
-    noise = MaskedBlocks(block_size=setting.block, blocks=-(-setting.context // setting.block))
-    return DualStream(noise=noise)
+def objective(setting: Setting) -> DualStream | Diffusion:
+    """What trains the model of a setting: a clean stream, and one that has every position noisy."""
+    size = setting.block
+    if (setting.config.attention, setting.config.alignment) == ("causal", "shifted"):
+        return DualStream(noise=MaskedBlocks(block_size=size, blocks=-(-setting.context // size)))
+    return Diffusion(noise=MaskNoise(block_size=size, counts="independent"))
 
 
 class Flat(NamedTuple):

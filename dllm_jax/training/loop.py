@@ -201,6 +201,7 @@ def fit(
             return distributed.any_process(over or interrupted())
 
         def write(step: int, figures: dict[str, float]) -> None:
+            figures = records.known(figures)
             log({"step": step, **figures})
             report(step, figures)
 
@@ -232,7 +233,7 @@ def fit(
                     watch.look()
                     found = meter.look()
                     write(done, found)
-                    show(done, found)
+                    show(done, records.known(found))
                     if watch.in_a_row >= WINDOW:
                         _save(saver, done, state, data.get_state(), own)
                         saver.wait()
@@ -267,6 +268,7 @@ def evaluate(
 ) -> dict[str, float]:  # fmt: skip
     """The loss and the figures of the objective on held-out rows: means of whole batches.
 
+    A figure that is NaN in a batch, for there was nothing to count, is the mean of the others.
     The same rows and noise for the same seed. At most `limit` rows are read, in batches of at most
     `batch`; those that fill no batch are left out.
     """
@@ -284,7 +286,13 @@ def evaluate(
             if i == 0:
                 distributed.compile_together(measure, *given)
             rows.append(jax.device_get(measure(*given)))
-    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    return {name: _mean(name, np.array([row[name] for row in rows])) for name in rows[0]}
+
+
+def _mean(name: str, values: np.ndarray) -> float:
+    """Of a figure's values by batch those that are numbers; of a loss all, so that NaN is seen."""
+    told = values if name == "loss" else values[~np.isnan(values)]
+    return float(told.mean()) if told.size else float("nan")
 
 
 @partial(jax.jit, static_argnums=(0, 1))  # compiled once, however often a run evaluates
@@ -361,10 +369,15 @@ def _rates(
     """FLOPs of a step, and of all devices in a second; None where they are not known."""
     if config.peak_flops is None:
         return None, None
-    entries = float(config.batch * config.length)
+    batch, length = config.batch, config.length
+    entries, outputs = float(batch * length), None
     if hasattr(objective, "entries"):
-        entries = objective.entries(config.batch, config.length)
-    flops = step_flops(model.config, state.trainable, entries=entries, length=config.length)
+        entries = objective.entries(batch, length)
+    if hasattr(objective, "outputs"):
+        outputs = objective.outputs(batch, length)
+    flops = step_flops(
+        model.config, state.trainable, entries=entries, length=length, outputs=outputs
+    )
     return flops, config.peak_flops * devices
 
 

@@ -71,6 +71,15 @@ def _line(row: dict[str, Any]) -> str:
     return json.dumps(told) + "\n"
 
 
+def known(figures: dict[str, float]) -> dict[str, float]:
+    """The figures without those that are NaN, of which there was nothing to count.
+
+    A loss, or the norm of a gradient, is kept: there NaN says that a step went wrong.
+    """
+    kept = ("loss", "grad_norm")
+    return {name: x for name, x in figures.items() if not math.isnan(x) or name.endswith(kept)}
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics file, NaN where a figure was not finite.
 

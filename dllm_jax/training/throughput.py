@@ -70,7 +70,14 @@ class Meter:
         self._start += time.perf_counter() - begun
 
 
-def step_flops(config: Any, names: Iterable[str], *, entries: float, length: int) -> float:
+def step_flops(
+    config: Any,
+    names: Iterable[str],
+    *,
+    entries: float,
+    length: int,
+    outputs: float | None = None,
+) -> float:
     """Model FLOPs of a training step that computes so many entries, in rows of `length`.
 
     2 N forward and 2 N backward for the N parameters that an entry is multiplied by, 2 N more for
@@ -80,19 +87,21 @@ def step_flops(config: Any, names: Iterable[str], *, entries: float, length: int
 
     Args:
       names: the top-level parameters that are trained.
+      outputs: the entries that the output head is applied to; all by default.
     """
+    scored = entries if outputs is None else outputs
     share, tied = touched(config, 1), "head" not in config.tree()
-    active = trained = 0.0
+    work = 0.0
     for part in parts(config, {}):
         if part.path[0] == "positions" or (part.path[0] == "embed" and not tied):
             continue  # looked up
         held = part.held * (share if part.is_expert else 1)
-        active += held
-        trained += held * (part.path[0] in names)
+        computed = scored if part.path[0] in ("head", "embed") else entries
+        work += computed * held * (6 if part.path[0] in names else 4)
     block = {"causal": 1, "block_causal": getattr(config, "block_size", 1)}
     seen = min((length + block.get(config.attention, length)) / 2, length)
     pairs = sum(
         kind.layers * kind.heads * kind.size * (min(seen, kind.window) if kind.window else seen)
         for kind in attentions(config, {})
     )
-    return entries * (4 * active + 2 * trained + 12 * pairs)
+    return work + entries * 12 * pairs

@@ -139,8 +139,9 @@ class Ours:
         self.batches = [{"tokens": own, **rows} for own in tokens]
         self.size, self.done = batch * length, 0
         self.flops = step_flops(
-            config, self.params, entries=train.objective.entries(batch, length), length=length
-        )
+            config, self.params, entries=train.objective.entries(batch, length), length=length,
+            outputs=train.objective.outputs(batch, length),
+        )  # fmt: skip
         self.masked = hasattr(train.objective, "noise")
         self.drawn = train.objective.draw(self.model, self.batches[0], jax.random.key(1))
 
