@@ -41,9 +41,9 @@ class Optimiser:
     """After the warm-up: cosine or linear (down to the last step), constant, or wsd: stable, then
     linearly down in the last steps."""
     warmup: int = 20
-    """Steps until the learning rate is at its highest."""
+    """Steps until the learning rate is at its highest; that of the first is 0, as optax has it."""
     final: float = 0.05
-    """Learning rate at the last step, as a share of the highest."""
+    """What the learning rate has come to after the last step, as a share of the highest."""
     decay: float = 0.2
     """Share of all steps in which wsd goes down."""
     weight_decay: float = 0.0
