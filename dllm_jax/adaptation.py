@@ -255,12 +255,11 @@ def built(settings: TransformerConfig, config: Adapt) -> tuple[Transformer, Obje
     Raises:
       ValueError: the model is not causal or its outputs are not shifted, and no objective is given.
     """
-    kind = (settings.attention, settings.alignment)
-    if config.objective is None and kind != ("causal", "shifted"):
+    if config.objective is None and not DualStream.trains(settings):
         raise ValueError(
-            f"attention={kind[0]!r}, alignment={kind[1]!r}: the default objective, the dual stream,"
-            " is for causal models with shifted outputs; give objective=Diffusion(noise=MaskNoise("
-            "...))"
+            f"attention={settings.attention!r}, alignment={settings.alignment!r}: the default"
+            " objective, the dual stream, is for causal models with shifted outputs; give"
+            " objective=Diffusion(noise=MaskNoise(...))"
         )
     first = settings.adapter.first_layer if settings.adapter else 0
     objective = config.objective or DualStream(noise=config.noise, frozen_layers=first)

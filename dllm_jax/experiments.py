@@ -267,10 +267,7 @@ class _Budget(NamedTuple):
     ) -> Train:  # fmt: skip
         """A run of so many steps, by default as many as the FLOPs are good for."""
         if steps is None:
-            work = step_flops(
-                model, model.tree(), entries=objective.entries(self.batch, length), length=length,
-                outputs=objective.outputs(self.batch, length),
-            )  # fmt: skip
+            work = step_flops(model, model.tree(), objective, self.batch, length)
             steps = max(round(self.flops / work), 1)
         settings: dict[str, Any] = {
             "log_every": 20, "save_every": 250, "evaluate_every": max(steps // 4, 1), **self.fit

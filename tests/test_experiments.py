@@ -42,11 +42,7 @@ def test_runs_have_the_same_parameters_and_flops(runs):
     for run in runs:
         shapes = param_shapes(run.model)
         sizes.append(sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)))
-        entries = run.objective.entries(run.fit.batch, run.fit.length)
-        outputs = run.objective.outputs(run.fit.batch, run.fit.length)
-        step = step_flops(
-            run.model, shapes, entries=entries, length=run.fit.length, outputs=outputs
-        )
+        step = step_flops(run.model, shapes, run.objective, run.fit.batch, run.fit.length)
         works.append(run.fit.steps * step)
         assert abs(works[-1] - 1e12) <= step / 2 + 1
     assert len(set(sizes)) == 1

@@ -76,11 +76,10 @@ def shares_of_the_compiled(objective, trained: str = "all", **config) -> list[fl
     chosen = {name: params[name] for name in names}
     program = jax.jit(jax.grad(loss)).lower(chosen, params).compile()
     flops = program.cost_analysis()["flops"]
-    outputs = (objective.outputs(4, 32), None)
-    entries = objective.entries(4, 32)
+    everywhere = SimpleNamespace(loss=objective.loss, entries=objective.entries)
     return [
-        training.step_flops(model.config, names, entries=entries, length=32, outputs=x) / flops
-        for x in outputs
+        training.step_flops(model.config, names, asked, 4, 32) / flops
+        for asked in (objective, everywhere)
     ]
 
 
@@ -121,12 +120,12 @@ def test_the_clean_texts_outputs_are_counted_where_they_are_learnt():
 def test_mfu_is_of_the_entries_that_reach_the_head(tmp_path, monkeypatch):
     model, params = tiny(mask_id=31, vocab_size=32)
     given = []
-    monkeypatch.setattr(loop, "step_flops", lambda *_, **own: given.append(own) or 1.0)
+    monkeypatch.setattr(loop, "step_flops", lambda *own: given.append(own) or 1.0)
     objective = DualStream(noise=MaskedBlocks(block_size=2, blocks=3))
     config = training.Fit(steps=1, batch=2, length=8, peak_flops=1e9)
     state = training.TrainState(jnp.int32(0), params, None)
     assert loop._rates(config, model, objective, state, 2) == (1.0, 2e9)
-    assert given == [{"entries": 28.0, "outputs": 12.0, "length": 8}]
+    assert given == [(model.config, params, objective, 2, 8)]
 
 
 def test_figures_that_are_no_number_are_not_written_but_losses_are():

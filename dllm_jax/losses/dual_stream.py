@@ -9,6 +9,7 @@ reads its cache.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +71,11 @@ class DualStream:
 
         return automatic(run, placed(), params, batch, key)
 
+    @staticmethod
+    def trains(config: Any) -> bool:
+        """Whether it is made for models of these settings: causal ones, with shifted outputs."""
+        return (config.attention, config.alignment) == ("causal", "shifted")
+
     def entries(self, batch: int, length: int) -> float:
         """Positions that a step computes, forward and backward, of both streams."""
         return float(batch * (length + self.noise.blocks * self.noise.block_size))
@@ -85,15 +91,10 @@ class DualStream:
         tokens, lengths, mask_id = batch["tokens"], batch["lengths"], config.mask_id
         if mask_id is None:
             raise ValueError("the model has no mask token to train; set mask_id in its config")
-        if config.attention != "causal":
+        if not self.trains(config):
             raise ValueError(
-                f"the dual stream is for causal models; this one is {config.attention}: train it"
-                " with Diffusion"
-            )
-        if config.alignment != "shifted":
-            raise ValueError(
-                "the dual stream teaches each output the next token; those of this model are"
-                f" {config.alignment}: train it with Diffusion, or set alignment='shifted'"
+                "the dual stream teaches causal models to predict the next token; this one is"
+                f" {config.attention}, its outputs {config.alignment}: train it with Diffusion"
             )
         if "segments" in batch or "given" in batch:
             raise ValueError("one text a row here, whose given tokens are its prompt")

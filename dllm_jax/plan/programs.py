@@ -121,7 +121,7 @@ def _train(setting: Setting, mesh: Mesh) -> Planned:
 def objective(setting: Setting) -> DualStream | Diffusion:
     """What trains the model of a setting: a clean stream, and one that has every position noisy."""
     size = setting.block
-    if (setting.config.attention, setting.config.alignment) == ("causal", "shifted"):
+    if DualStream.trains(setting.config):
         return DualStream(noise=MaskedBlocks(block_size=size, blocks=-(-setting.context // size)))
     return Diffusion(noise=MaskNoise(block_size=size, counts="independent"))
 

@@ -369,15 +369,7 @@ def _rates(
     """FLOPs of a step, and of all devices in a second; None where they are not known."""
     if config.peak_flops is None:
         return None, None
-    batch, length = config.batch, config.length
-    entries, outputs = float(batch * length), None
-    if hasattr(objective, "entries"):
-        entries = objective.entries(batch, length)
-    if hasattr(objective, "outputs"):
-        outputs = objective.outputs(batch, length)
-    flops = step_flops(
-        model.config, state.trainable, entries=entries, length=length, outputs=outputs
-    )
+    flops = step_flops(model.config, state.trainable, objective, config.batch, config.length)
     return flops, config.peak_flops * devices
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from dllm_jax.losses import Objective
 from dllm_jax.roofline.sizes import attentions, parts, touched
 
 TIMES = ("seconds", "tokens_per_second", "mfu")
@@ -71,14 +72,9 @@ class Meter:
 
 
 def step_flops(
-    config: Any,
-    names: Iterable[str],
-    *,
-    entries: float,
-    length: int,
-    outputs: float | None = None,
+    config: Any, names: Iterable[str], objective: Objective, batch: int, length: int
 ) -> float:
-    """Model FLOPs of a training step that computes so many entries, in rows of `length`.
+    """Model FLOPs of a training step of `batch` rows of `length`.
 
     2 N forward and 2 N backward for the N parameters that an entry is multiplied by, 2 N more for
     those that are trained, and the products of attention: of causal attention the lower half, and
@@ -87,9 +83,14 @@ def step_flops(
 
     Args:
       names: the top-level parameters that are trained.
-      outputs: the entries that the output head is applied to; all by default.
+      objective: says how many entries it computes (`entries`, the batch's by default), and how many
+        of them the output head is applied to (`outputs`, all by default).
     """
-    scored = entries if outputs is None else outputs
+    entries = scored = float(batch * length)
+    if hasattr(objective, "entries"):
+        entries = scored = objective.entries(batch, length)
+    if hasattr(objective, "outputs"):
+        scored = objective.outputs(batch, length)
     share, tied = touched(config, 1), "head" not in config.tree()
     work = 0.0
     for part in parts(config, {}):

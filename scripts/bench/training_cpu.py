@@ -138,10 +138,7 @@ class Ours:
         rows = {"prompts": np.zeros(batch, np.int32), "lengths": np.full(batch, length, np.int32)}
         self.batches = [{"tokens": own, **rows} for own in tokens]
         self.size, self.done = batch * length, 0
-        self.flops = step_flops(
-            config, self.params, entries=train.objective.entries(batch, length), length=length,
-            outputs=train.objective.outputs(batch, length),
-        )  # fmt: skip
+        self.flops = step_flops(config, self.params, train.objective, batch, length)
         self.masked = hasattr(train.objective, "noise")
         self.drawn = train.objective.draw(self.model, self.batches[0], jax.random.key(1))
 
