@@ -283,6 +283,29 @@ def test_saved_datasets(tmp_path):
     assert texts(read(f"hf:{tmp_path / 'three'}")) == ["by its name"]
 
 
+def test_a_config_and_a_revision_of_a_dataset(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.jsonl").write_bytes(lines({"text": name}))
+    listed = [
+        f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("first", "second")
+    ]
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{''.join(listed)}---\n")
+    assert texts(read(f"hf:{tmp_path}:second")) == ["second"]
+    assert texts(read(f"hf:{tmp_path}:first@train")) == ["first"]
+    with pytest.raises(ValueError, match=r"(?s)pick one .*'first', 'second'.*here: hf:.*:CONFIG"):
+        list(read(f"hf:{tmp_path}"))
+    given = []
+
+    def load(*names, **options):
+        given.append((*names, options))
+        return {"train": [{"text": "a"}]}
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert texts(read("hf:some/name@train#0123abc")) == ["a"]
+    assert given == [("some/name", None, {"revision": "0123abc", "streaming": True})]
+
+
 def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
     import sys
 

@@ -29,7 +29,8 @@ class Data(Command):
         tuple[str, ...],
         tyro.conf.arg(name="from", metavar="PATH ...", help_behavior_hint="(default: none)"),
     ] = ()
-    """Files, globs or folders: .txt, .md, .jsonl (also .gz), .parquet, .array_record; hf:NAME."""
+    """Files, globs or folders: .txt, .md, .jsonl (also .gz), .parquet, .array_record; hf:NAME
+    (or hf:NAME:CONFIG@SPLIT#REVISION)."""
 
     corpus: Annotated[str | None, word("NAME")] = None
     """A corpus that a Python package carries, instead of files: classics."""

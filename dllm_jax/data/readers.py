@@ -34,7 +34,7 @@ FORMS = {
 """How a file is read, by the end of its name; ".gz" behind a text form is opened on the way."""
 
 HUB = "hf:"
-"""Begins the name of a Hugging Face dataset: "hf:NAME" or "hf:NAME@SPLIT"."""
+"""Begins a Hugging Face dataset: "hf:NAME", or "hf:NAME:CONFIG@SPLIT#REVISION" or some of it."""
 
 
 def read(
@@ -49,8 +49,9 @@ def read(
 
     Args:
       paths: files, globs ("data/**/*.jsonl"), folders (every file of a known form below them; the
-        report names others), folders that `datasets` saved to disk, or "hf:NAME@SPLIT", a dataset
-        that `datasets` loads.
+        report names others), folders that `datasets` saved to disk, or a dataset that `datasets`
+        loads: "hf:NAME:CONFIG@SPLIT#REVISION", or some of it (a revision of the hub, as a commit:
+        without one a name stands for what is there on the day).
       form: "text", "jsonl", "parquet" or "arrayrecord"; by the end of each name by default.
       unit: what of a text file is one document: all of it, a paragraph (between blank lines), or
         a line.
@@ -307,15 +308,21 @@ def _array_record(path: str, how: Files) -> Found:
 def _dataset(path: str, how: Files) -> Found:
     """A dataset of the hub, or a folder that `save_to_disk` wrote."""
     library = _package("datasets", "data")
-    name, _, split = path.removeprefix(HUB).partition("@")
+    rest, _, revision = path.removeprefix(HUB).partition("#")
+    rest, _, split = rest.partition("@")
+    name, _, config = rest.partition(":")
     folder = os.path.expanduser(name)
     try:
         if _saved(folder):
             found = library.load_from_disk(folder)
         else:
-            found = library.load_dataset(name, streaming=True)
+            found = library.load_dataset(
+                name, config or None, revision=revision or None, streaming=True
+            )
     except OSError as error:  # nothing of it can be read: that is no trouble of one document
         raise RuntimeError(f"{path} cannot be loaded by `datasets`: {error}") from error
+    except ValueError as error:  # as of a dataset with several configs
+        raise ValueError(f"{path}: {error} (here: {HUB}{name}:CONFIG)") from error
     if split and not hasattr(found, "keys"):
         raise ValueError(f"{name} has no splits: drop @{split}")
     if hasattr(found, "keys"):  # several splits
