@@ -86,6 +86,8 @@ class Adapt:
     """Steps between lines of the metrics."""
     evaluate_every: int = 100
     """Steps between looks at the held-out rows, where there are any, and evaluations."""
+    heldout_rows: int = 64
+    """So many held-out rows at most are read for their loss."""
     evaluations: Mapping[str, Evaluation] = dataclasses.field(default_factory=dict)
     """Asked every `evaluate_every` steps, by the name that their figures begin with."""
     ema: float = 0.0

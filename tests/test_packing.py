@@ -32,6 +32,7 @@ def test_a_stream_is_cut_every_so_many_tokens(sizes, length):
     assert len(found) == len(rows) == -(-sum(sizes) // length)
     assert all(len(row.tokens) == length for row in found[:-1])
     np.testing.assert_array_equal(np.concatenate([row.tokens for row in found]), store.tokens)
+    np.testing.assert_array_equal(rows.sizes, [len(row.tokens) for row in found])
     check_segments(found)
     plain = Packed(store, length)
     for row, other in zip(plain, found, strict=True):
@@ -56,6 +57,7 @@ def test_whole_documents_are_not_cut(sizes, length):
             assert pieces == [size]
         else:
             assert pieces == sorted([length] * full + [rest] * bool(rest))
+    np.testing.assert_array_equal(rows.sizes, [len(row.tokens) for row in found])
     assert rows.filled == pytest.approx(sum(sizes) / (len(found) * length))
     # Best fit never leaves two rows that could be one.
     free = sorted(length - len(row.tokens) for row in found)

@@ -323,6 +323,20 @@ def test_a_run_begins_with_the_whole_text_and_ends_in_blocks(tmp_path):
             pretraining.train(dataclasses.replace(config, phases=other))
 
 
+def test_documents_end_within_no_block_of_any_phase(tmp_path):
+    tokenise(["some text"] * 40, test_cli.byte_tokenizer(), tmp_path / "store")
+    config = dataclasses.replace(
+        toy_config.config, run=tmp_path / "run", recipe=None,
+        data=StoreData(folder=tmp_path / "store", length=18, documents=True),
+        model=tiny(adapter=False, attention="block_causal", block_size=2)[0].config,
+        objective=Diffusion(noise=MaskNoise(block_size=2)), phases=(phase(2, 2), phase(3, 4)),
+    )  # fmt: skip
+    config = dataclasses.replace(config, fit=dataclasses.replace(config.fit, length=18))
+    with pytest.raises(ValueError, match="18 tokens are no multiple of block_size=4"):
+        pretraining.train(config)
+    assert not list((tmp_path / "run").rglob("*"))  # before the first step
+
+
 def test_blocks_of_attention_are_those_of_the_noise(base, tmp_path):
     config = adapt_to(base, tmp_path, adapter=None, phases=())
     config = dataclasses.replace(config, objective=Diffusion(noise=MaskNoise(block_size=8)))

@@ -20,7 +20,7 @@ import pytest
 
 from dllm_jax import training
 from dllm_jax.corruption import MaskedBlocks
-from dllm_jax.data import Conversations, Store, tokenise, train_tokenizer, write_part
+from dllm_jax.data import Conversations, Packed, Store, tokenise, train_tokenizer, write_part
 from dllm_jax.losses import DualStream
 from dllm_jax.nn.adapters import AdapterConfig
 from dllm_jax.nn.transformer import Transformer
@@ -286,6 +286,11 @@ def test_a_store_knows_what_is_cut_without_a_row(tmp_path, monkeypatch):
     assert told == f"length={prompts[5]} cuts {cut} of 8 rows; nothing to learn is left in 3"
     with pytest.raises(ValueError, match="the prompt of each of 8 rows fills it"):
         what_is_cut(store, min(prompts))
+    packed = Packed(store, 20)
+    assert what_is_cut(packed, 20) == ""
+    full = len(store.tokens) // 20
+    told = f"length=19 cuts {full} of {len(packed)} rows; nothing to learn is left in 0"
+    assert what_is_cut(packed, 19) == told
     assert what_is_cut([], 3) == ""  # nobody knows
 
 
@@ -305,8 +310,10 @@ def test_evaluation_reads_as_many_rows_as_it_is_told(folder, tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(loop, "evaluate", lambda *_, **given: asked.append(given) or {})
         toy_training.write(tmp_path)
-        toy_training.fit(tmp_path / "run", steps=1, accumulate=2, evaluate_every=1, heldout=source)
-    assert [given["batch"] for given in asked] == [4]  # for the memory of a part
+        looks = dict(evaluate_every=1, heldout_rows=9, heldout=source)
+        toy_training.fit(tmp_path / "run", steps=1, accumulate=2, **looks)
+    (given,) = asked
+    assert (given["batch"], given["limit"]) == (4, 9)  # for the memory of a part
 
 
 def test_a_figure_that_a_batch_does_not_have_is_the_mean_of_the_others(folder, tmp_path):

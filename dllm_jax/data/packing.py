@@ -105,6 +105,14 @@ class Packed:
         return f"Packed({self.store!r}, {self.length}, {how}, {len(self):,} rows)"
 
     @property
+    def sizes(self) -> np.ndarray:
+        """int64[R]: the tokens of each row."""
+        if not self.whole:
+            begins = np.arange(len(self)) * self.length
+            return np.minimum(len(self.store.tokens) - begins, self.length)
+        return np.add.reduceat(self.pieces[:, 2] - self.pieces[:, 1], self.bounds[:-1])
+
+    @property
     def filled(self) -> float:
         """The share of positions that hold a token."""
         return len(self.store.tokens) / (len(self) * self.length)

@@ -9,7 +9,14 @@ from jaxtyping import Array, Bool, Float
 
 from dllm_jax.corruption import MaskNoise, MixedNoise, Noise, NoisyText, UniformNoise
 from dllm_jax.losses import views
-from dllm_jax.losses.objective import Drawn, answers, check_packed, follows, learnable
+from dllm_jax.losses.objective import (
+    Drawn,
+    answers,
+    check_packed,
+    check_whole_blocks,
+    follows,
+    learnable,
+)
 from dllm_jax.nn.head import cross_entropy_of, mask_in_vocabulary, over_vocabulary, stats_of
 from dllm_jax.nn.transformer import forward
 from dllm_jax.sharding import automatic, placed
@@ -246,11 +253,8 @@ class Diffusion:
         """Raises ValueError where the objective is not for a model, or for rows like these."""
         check(model.config, self.noise)
         packed, size = check_packed(model, batch), self.noise.block_size
-        if packed and size and batch["tokens"].shape[1] % size:
-            raise ValueError(
-                f"rows of several documents must be whole blocks: {batch['tokens'].shape[1]} tokens"
-                f" are no multiple of block_size={size}"
-            )
+        if packed:
+            check_whole_blocks(batch["tokens"].shape[1], size)
         blocks = getattr(model.config, "block_size", size)
         if model.config.attention == "block_causal" and size != blocks:
             raise ValueError(

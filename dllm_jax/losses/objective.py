@@ -58,6 +58,15 @@ def check_packed(model: Any, batch: dict[str, jax.Array]) -> bool:
     return "segments" in batch
 
 
+def check_whole_blocks(length: int, size: int) -> None:
+    """Raises ValueError where rows of several documents, of this length, end within a block."""
+    if size and length % size:
+        raise ValueError(
+            f"rows of several documents must be whole blocks: {length} tokens are no multiple of"
+            f" block_size={size}"
+        )
+
+
 def answers(batch: dict[str, jax.Array]) -> Bool[Array, "B M"]:
     """The places of clean tokens that a causal loss scores: the next one is to be learnt."""
     return (learnable(batch) & follows(batch))[:, 1:]

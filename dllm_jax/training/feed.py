@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from dllm_jax.data import Conversations, Source, Store
+from dllm_jax.data import Conversations, Packed, Source, Store
 from dllm_jax.sharding import Rules, make_mesh, mesh_of, shardings
 from dllm_jax.typing import Params
 
@@ -69,7 +69,8 @@ class Feed:
 def what_is_cut(source: Source, length: int) -> str:
     """In words, the rows that `length` cuts and those with nothing to learn; "" of none.
 
-    Of a store and of conversations, whose rows need not be read for it; of others "" too.
+    Of a store, packed or not, and of conversations, whose rows need not be read for it; of others
+    "" too.
 
     Raises:
       ValueError: no row has anything to learn.
@@ -79,6 +80,8 @@ def what_is_cut(source: Source, length: int) -> str:
     elif isinstance(source, Conversations):
         sizes = np.array([len(row.tokens) for row in source.rows])
         prompts = np.array([row.prompt for row in source.rows])
+    elif isinstance(source, Packed):
+        sizes, prompts = source.sizes, np.zeros(len(source), np.int64)
     else:
         return ""
     rows, longer = len(sizes), int((sizes > length).sum())

@@ -81,13 +81,24 @@ class Fit:
     every step is looked at."""
     evaluate_every: int = 100
     """And at the last step; 0: never."""
+    heldout_rows: int = 64
+    """So many held-out rows at most are read for their loss."""
     peak_flops: float | None = None
     """FLOP/s of one device at most; given, the metrics tell the share that is used (mfu)."""
     report: tuple[str, ...] = ()
     """Where figures go besides metrics.jsonl: tensorboard, wandb, trackio."""
 
     def __post_init__(self):
-        for name in ("steps", "batch", "length", "accumulate", "save_every", "keep", "log_every"):
+        for name in (
+            "steps",
+            "batch",
+            "length",
+            "accumulate",
+            "save_every",
+            "keep",
+            "log_every",
+            "heldout_rows",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.evaluate_every < 0:
@@ -175,6 +186,7 @@ def fit(
         look = partial(
             evaluate, model, objective=objective, source=heldout, rules=rules,
             batch=config.batch // config.accumulate, length=config.length,
+            limit=config.heldout_rows,
         )  # fmt: skip
         asked = {"heldout": lambda params, step: look(params), **asked}
     key = jax.random.key(config.seed)

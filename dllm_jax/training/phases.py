@@ -12,6 +12,7 @@ import optax
 from dllm_jax import distributed
 from dllm_jax.data import Source
 from dllm_jax.losses import Objective
+from dllm_jax.losses.objective import check_whole_blocks
 from dllm_jax.training.loop import Fit, fit
 from dllm_jax.training.records import interrupts
 from dllm_jax.training.step import TrainState
@@ -112,10 +113,18 @@ def fit_phases(
 
     Returns:
       The last state, and the model of the phase that it is of.
+
+    Raises:
+      ValueError: as `fit`; or rows of several documents are not whole blocks of a phase.
     """
     started, own, begins = time.monotonic(), model, 0
     about = {**about, "phases": in_words(phases)}
     parts = [(end, *of_size(model, objective, n)) for end, n in listed(phases, config.steps)]
+    if (
+        len(source) and source[0].segments is not None
+    ):  # before the first step, not when its phase comes
+        for _, _, aim in parts:
+            check_whole_blocks(config.length, block_size_of(aim) or 0)
     with interrupts() as interrupted:  # a signal in the last step of a phase ends the run too
         for until, own, aim in parts:
             minutes = config.minutes
