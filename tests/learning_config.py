@@ -1,4 +1,4 @@
-"""Small instances of tasks, each learnt within a minute or two: 0.1M to 0.25M parameters.
+"""Small instances of tasks, and prose, each learnt within minutes: 0.1M to 0.25M parameters.
 
     dllm-jax train tests/learning_config.py:addition      # also _block, _tri, _ar
 
@@ -9,14 +9,17 @@ import dataclasses
 from pathlib import Path
 
 from dllm_jax import experiments
+from dllm_jax.data import CorpusData
 from dllm_jax.tasks import Addition, Brackets, Countdown, PathStar, Recall, Repair, Sudoku, Task
+
+LAST = dict(evaluate_every=1_000_000, save_every=1_000_000)  # asked after the last step alone
 
 
 def modes(task: Task, *, flops: float, canvas: Task | None = None, layers: int = 2):
-    """The modes of a task, asked after the last step alone."""
+    """The modes of a task."""
     return experiments.modes(
         task, canvas=canvas, run=Path("runs/learning") / task.name, flops=flops, layers=layers,
-        dim=64, evaluate_every=1_000_000, save_every=1_000_000,
+        dim=64, **LAST,
     )  # fmt: skip
 
 
@@ -42,3 +45,7 @@ _sudoku = Sudoku(size=4, pool=256)
 sudoku = modes(
     dataclasses.replace(_sudoku, layout="prompt"), canvas=_sudoku, flops=4e11, layers=4
 ).masked
+text_ar, text_block_4, text_block_16, text_masked, _ = experiments.text_modes(
+    CorpusData(folder=Path("runs/classics-characters"), length=256, kind="char", vocab_size=128),
+    run=Path("runs/learning/text"), flops=2e12, layers=4, dim=64, heads=2, batch=4, **LAST,
+)  # fmt: skip
