@@ -89,16 +89,8 @@ class Fit:
     """Where figures go besides metrics.jsonl: tensorboard, wandb, trackio."""
 
     def __post_init__(self):
-        for name in (
-            "steps",
-            "batch",
-            "length",
-            "accumulate",
-            "save_every",
-            "keep",
-            "log_every",
-            "heldout_rows",
-        ):
+        looks = ("save_every", "keep", "log_every", "heldout_rows")
+        for name in ("steps", "batch", "length", "accumulate", *looks):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.evaluate_every < 0:

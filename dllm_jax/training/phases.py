@@ -120,10 +120,8 @@ def fit_phases(
     started, own, begins = time.monotonic(), model, 0
     about = {**about, "phases": in_words(phases)}
     parts = [(end, *of_size(model, objective, n)) for end, n in listed(phases, config.steps)]
-    if (
-        len(source) and source[0].segments is not None
-    ):  # before the first step, not when its phase comes
-        for _, _, aim in parts:
+    if len(source) and source[0].segments is not None:
+        for _, _, aim in parts:  # now, not when a phase comes
             check_whole_blocks(config.length, block_size_of(aim) or 0)
     with interrupts() as interrupted:  # a signal in the last step of a phase ends the run too
         for until, own, aim in parts:
