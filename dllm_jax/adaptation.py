@@ -141,12 +141,9 @@ def adapt(config: Adapt) -> None:
         config.batch, accumulate=config.accumulate, fsdp=config.fsdp, tensor=config.tensor
     )
     base, params = pretraining.start(
-        config.model,
-        config.seed,
-        mesh,
-        config.param_dtype or (None if config.adapter else "float32"),
+        config.model, config.seed, mesh, config.param_dtype, whole=config.adapter is None,
         adapter=config.init,
-    )
+    )  # fmt: skip
     settings = adapted(base.config, config)
     if config.adapter is not None and config.init is None:
         params = {**params, "adapter": _fresh(settings, params, config, mesh)}

@@ -207,10 +207,7 @@ def train(config: Train) -> tuple[Any, Params]:
     say = print if distributed.is_first() else lambda *_: None
     fit = config.fit
     mesh = mesh_for(fit.batch, accumulate=fit.accumulate, fsdp=config.fsdp, tensor=config.tensor)
-    dtype = config.param_dtype
-    if dtype is None and isinstance(config.model, str) and not config.names:
-        dtype = "float32"  # small steps are lost on weights of bfloat16
-    model, params = start(config.model, fit.seed, mesh, dtype)
+    model, params = start(config.model, fit.seed, mesh, config.param_dtype, whole=not config.names)
     model = trained_as(config, model.config).build()
     source, heldout = sources(config.data)
     used = 1 if mesh is None else mesh.size
@@ -255,10 +252,16 @@ def in_words(model: Config | str, settings: Any) -> str:
 
 
 def start(
-    model: Config | str, seed: int, mesh: Mesh | None, param_dtype: str | None, **options: Any
-) -> tuple[Any, Params]:
-    """A model and its parameters: random ones of the seed, or those that `load` finds."""
+    model: Config | str, seed: int, mesh: Mesh | None, param_dtype: str | None, *, whole: bool,
+    **options: Any,
+) -> tuple[Any, Params]:  # fmt: skip
+    """A model and its parameters: random ones of the seed, or those that `load` finds.
+
+    Stored ones are float32 by default where the whole model is trained.
+    """
     if isinstance(model, str):
+        if param_dtype is None and whole:
+            param_dtype = "float32"  # small steps are lost on weights of bfloat16
         return load(model, dtype=param_dtype, mesh=mesh, **options)
     config: Any = model
     if param_dtype is not None:

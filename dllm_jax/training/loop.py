@@ -204,10 +204,11 @@ def fit(
             over = first and time.monotonic() >= deadline
             return distributed.any_process(over or interrupted())
 
-        def write(step: int, figures: dict[str, float]) -> None:
+        def write(step: int, figures: dict[str, float]) -> dict[str, float]:
             figures = records.known(figures)
             log({"step": step, **figures})
             report(step, figures)
+            return figures
 
         with (
             _saver(folder, config) as saver,
@@ -235,9 +236,7 @@ def fit(
                     raise _spike(done, found, folder, kept[0])
                 if done % config.log_every == 0 or done == config.steps:
                     watch.look()
-                    found = meter.look()
-                    write(done, found)
-                    show(done, records.known(found))
+                    show(done, write(done, meter.look()))
                     if watch.in_a_row >= WINDOW:
                         _save(saver, done, state, data.get_state(), own)
                         saver.wait()
