@@ -1,5 +1,6 @@
 """Documents as tokens on disk: written once, opened as rows, refused when they are not whole."""
 
+import concurrent.futures
 import datetime
 import decimal
 import json
@@ -248,6 +249,22 @@ def test_files_are_tokenised_once(tmp_path, tokenizer, monkeypatch):
         tokenise(read(file, strict=True), tokenizer, tmp_path / "t")  # it is there already
 
 
+def test_one_of_several_writes(tmp_path, monkeypatch):
+    """Runs that begin beside each other each make the corpus that is not there yet."""
+    wrote, written = [], store._written
+    monkeypatch.setattr(store, "_written", lambda *given: wrote.append(1) or written(*given))
+
+    def make(_) -> dict:
+        train(TEXTS, 300, tmp_path / "words", kind="byte")
+        return tokenise(TEXTS, tmp_path / "words", tmp_path / "s", heldout=0.1)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        first, *others = pool.map(make, range(4))
+    assert len(wrote) == 1
+    assert all(facts == first for facts in others)
+    assert len(Store(tmp_path / "s")) == first["splits"]["train"]["documents"]
+
+
 def test_a_crash_leaves_no_store(tmp_path, tokenizer, monkeypatch):
     tokenise(["old"], tokenizer, tmp_path / "s")
 
@@ -259,12 +276,13 @@ def test_a_crash_leaves_no_store(tmp_path, tokenizer, monkeypatch):
         for name in ("s", "new"):
             with pytest.raises(KeyboardInterrupt):
                 tokenise(TEXTS, tokenizer, tmp_path / name, overwrite=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+    seen = lambda: sorted(path.name for path in tmp_path.glob("[!.]*"))  # noqa: E731
+    assert seen() == ["s"]
     assert whole(Store(tmp_path / "s"), tokenizer) == ["old<|eos|>"]
     (tmp_path / "new.partial").mkdir()  # of a process that was killed
     (tmp_path / "new.partial" / "rest").touch()
     tokenise(TEXTS, tokenizer, tmp_path / "new")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "s"]
+    assert seen() == ["new", "s"]
     assert not (tmp_path / "new" / "rest").exists()
 
 

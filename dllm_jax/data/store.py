@@ -15,9 +15,11 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import filelock
 import numpy as np
 from etils import epath
 
@@ -48,7 +50,8 @@ def tokenise(
 
     A text is taken literally ("<|im_end|>" in it is letters) and ends with the tokenizer's first
     end token, where it has one. A conversation is laid out by the tokenizer's template, and ends
-    behind its last end token. Of several processes let one write, and the others open it then.
+    behind its last end token. Of processes that want the same store at once one writes, the others
+    wait (a hidden .lock stays beside the folder) and find it there.
 
     Args:
       documents: of `read`, `corpus`, or a list of texts or conversations.
@@ -83,39 +86,32 @@ def tokenise(
         "learn": learn,
     }
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    if (path / "store.json").exists():
-        there = _fingerprinted(path, overwrite)
-        if there.get("fingerprint") == fingerprint:
-            with contextlib.suppress(sources.Damaged, FileNotFoundError):
-                return _kept(path, documents.report)
-        elif not overwrite:
-            earlier = there.get("settings", {})
-            changed = [name for name in settings if earlier.get(name) != settings[name]]
-            raise ValueError(
-                f"{path} holds a store of other {' and '.join(changed)}: name another folder, or"
-                " overwrite it (overwrite=True, --overwrite)"
-            )
-    elif path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"{path} exists and is no store: name a folder that is free")
-    with _whole(path) as partial:
-        splits = _written(documents, known, partial, heldout, learn)
-        if not splits["train"]["documents"]:
-            raise ValueError(f"no document is left to train on: {_summary(documents.report)}")
-        known.save(partial / "tokenizer")
-        facts = {
-            "format": FORMAT,
-            "version": VERSION,
-            "fingerprint": fingerprint,
-            "settings": settings,
-            "tokenizer": {
-                "from": came_from, "sha256": settings["tokenizer"], "vocab_size": known.vocab_size
-            },
-            "dtype": str(_dtype(known)),
-            "given": (partial / "train.given").exists(),
-            "splits": splits,
-            "report": documents.report.to_dict(),
-        }  # fmt: skip
-        (partial / "store.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    there = partial(_there, path, fingerprint, settings, documents.report, overwrite)
+    if facts := there():
+        return facts
+    with filelock.FileLock(path.parent / f".{path.name}.lock"):
+        if facts := there():  # somebody else wrote it meanwhile
+            return facts
+        with _whole(path) as unfinished:
+            splits = _written(documents, known, unfinished, heldout, learn)
+            if not splits["train"]["documents"]:
+                raise ValueError(f"no document is left to train on: {_summary(documents.report)}")
+            known.save(unfinished / "tokenizer")
+            facts = {
+                "format": FORMAT,
+                "version": VERSION,
+                "fingerprint": fingerprint,
+                "settings": settings,
+                "tokenizer": {
+                    "from": came_from, "sha256": settings["tokenizer"],
+                    "vocab_size": known.vocab_size,
+                },
+                "dtype": str(_dtype(known)),
+                "given": (unfinished / "train.given").exists(),
+                "splits": splits,
+                "report": documents.report.to_dict(),
+            }  # fmt: skip
+            (unfinished / "store.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     return facts
 
 
@@ -387,6 +383,27 @@ def _facts(folder: Path) -> dict[str, Any]:
     facts = sources.read_json(file)
     sources.check_format(facts, FORMAT, file, VERSION)
     return facts
+
+
+def _there(
+    path: Path, fingerprint: str, settings: dict[str, Any], report: Report, overwrite: bool
+) -> dict[str, Any] | None:
+    """What store.json tells, where the folder holds this store; an error where it holds another."""
+    if (path / "store.json").exists():
+        there = _fingerprinted(path, overwrite)
+        if there.get("fingerprint") == fingerprint:
+            with contextlib.suppress(sources.Damaged, FileNotFoundError):
+                return _kept(path, report)
+        elif not overwrite:
+            earlier = there.get("settings", {})
+            changed = [name for name in settings if earlier.get(name) != settings[name]]
+            raise ValueError(
+                f"{path} holds a store of other {' and '.join(changed)}: name another folder, or"
+                " overwrite it (overwrite=True, --overwrite)"
+            )
+    elif path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path} exists and is no store: name a folder that is free")
+    return None
 
 
 def _fingerprinted(folder: Path, overwrite: bool) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import filelock
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
@@ -74,9 +75,20 @@ def train_tokenizer(
         "documents": documents.identity(), "vocab_size": vocab_size, "kind": kind, "chat": chat,
         "heldout": heldout,
     }  # fmt: skip
-    if _there(path, settings, overwrite):
-        return Tokenizer.load(path)
-    texts = _texts(documents, heldout)
+    if not _there(path, settings, overwrite):
+        with filelock.FileLock(path.parent / f".{path.name}.lock"):
+            if not _there(path, settings, overwrite):  # nobody else wrote it meanwhile
+                _learn(documents, path, settings, special)
+    return Tokenizer.load(path)
+
+
+_TRAINED = "trained.json"  # of what and how
+
+
+def _learn(documents: Documents, path: Path, settings: dict[str, Any], special: list[str]) -> None:
+    """Writes the vocabulary of documents."""
+    kind, chat, vocab_size = (settings[name] for name in ("kind", "chat", "vocab_size"))
+    texts = _texts(documents, settings["heldout"])
     if kind == "bpe":
         backend = _bpe(texts, vocab_size, special)
     elif kind == "byte":
@@ -112,10 +124,6 @@ def train_tokenizer(
         template.write_text(TEMPLATE, encoding="utf-8")
     (path / _TRAINED).write_text(json.dumps(settings, indent=1), encoding="utf-8")
     partial.rename(path / "tokenizer.json")
-    return Tokenizer.load(path)
-
-
-_TRAINED = "trained.json"  # of what and how
 
 
 def _there(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:
