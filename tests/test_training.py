@@ -293,6 +293,13 @@ def test_a_store_knows_what_is_cut_without_a_row(tmp_path, monkeypatch):
     assert what_is_cut(packed, 19) == told
     assert what_is_cut([], 3) == ""  # nobody knows
 
+    class Own(list):  # anybody's, without prompts
+        sizes = np.array([3, 5, 9])
+
+    assert (
+        what_is_cut(Own([1, 2, 3]), 5) == "length=5 cuts 1 of 3 rows; nothing to learn is left in 0"
+    )
+
 
 def test_evaluation_reads_as_many_rows_as_it_is_told(folder, tmp_path, monkeypatch):
     class Count:

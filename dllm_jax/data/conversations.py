@@ -61,6 +61,16 @@ class Conversations:
         return f"Conversations({self.folder!r}, {self.split!r}, {len(self)} rows)"
 
     @property
+    def sizes(self) -> np.ndarray:
+        """int64[N]: the tokens of each."""
+        return np.array([len(row.tokens) for row in self.rows], np.int64)
+
+    @property
+    def prompts(self) -> np.ndarray:
+        """int64[N]: of each, the tokens of its prompt."""
+        return np.array([row.prompt for row in self.rows], np.int64)
+
+    @property
     def answer_tokens(self) -> int:
         """Tokens of all answers, each counted once."""
-        return sum(len(row.tokens) - row.prompt for row in self.rows)
+        return int((self.sizes - self.prompts).sum())

@@ -20,7 +20,9 @@ class Row(NamedTuple):
 class Source(Protocol):
     """Rows by number, for `batches`: the same row for the same number, always.
 
-    Of one source either all rows have `given` (or `segments`), or none has.
+    Of one source either all rows have `given` (or `segments`), or none has. One that knows the
+    tokens of each row without reading it may tell them, `sizes` (int64[N]), and its `prompts`
+    (int64[N]; 0 without them): a run then says at its start what its length cuts.
     """
 
     def __len__(self) -> int: ...

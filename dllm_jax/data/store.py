@@ -176,6 +176,11 @@ class Store:
         return Store, (self.folder, self.split)  # a map of a file is opened again, never copied
 
     @property
+    def sizes(self) -> np.ndarray:
+        """int64[N]: the tokens of each document."""
+        return np.diff(self.ends, prepend=0)
+
+    @property
     def characters_per_token(self) -> float:
         """Of what is learnt: nats a token / (this * log 2) are bits a character."""
         return self.about["characters"] / max(self.about["learnt"], 1)

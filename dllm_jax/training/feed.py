@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from dllm_jax.data import Conversations, Packed, Source, Store
+from dllm_jax.data import Source
 from dllm_jax.sharding import Rules, make_mesh, mesh_of, shardings
 from dllm_jax.typing import Params
 
@@ -69,21 +69,16 @@ class Feed:
 def what_is_cut(source: Source, length: int) -> str:
     """In words, the rows that `length` cuts and those with nothing to learn; "" of none.
 
-    Of a store, packed or not, and of conversations, whose rows need not be read for it; of others
-    "" too.
+    Of a source that tells its `sizes`, and `prompts` where it has some (`data.Source`); of others
+    "" too, for no row is read for it.
 
     Raises:
       ValueError: no row has anything to learn.
     """
-    if isinstance(source, Store):
-        sizes, prompts = np.diff(source.ends, prepend=0), source.prompts
-    elif isinstance(source, Conversations):
-        sizes = np.array([len(row.tokens) for row in source.rows])
-        prompts = np.array([row.prompt for row in source.rows])
-    elif isinstance(source, Packed):
-        sizes, prompts = source.sizes, np.zeros(len(source), np.int64)
-    else:
+    sizes = getattr(source, "sizes", None)
+    if sizes is None:
         return ""
+    prompts = getattr(source, "prompts", np.zeros_like(sizes))
     rows, longer = len(sizes), int((sizes > length).sum())
     empty = int((prompts >= np.minimum(sizes, length)).sum())
     if empty == rows:
