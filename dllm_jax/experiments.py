@@ -24,6 +24,7 @@ from dllm_jax.nn.transformer import TransformerConfig
 from dllm_jax.pretraining import Data, Evaluation, TaskAccuracy, TaskData, Train
 from dllm_jax.tasks import Task
 from dllm_jax.training.loop import Found
+from dllm_jax.training.phases import of_size
 from dllm_jax.training.throughput import step_flops
 from dllm_jax.typing import Params
 
@@ -110,10 +111,10 @@ class TextModes(NamedTuple):
     """The runs of a corpus."""
 
     ar: Train
+    tri: Train  # causal, with a diffusion mode of blocks of 4; its bits are of its causal mode
     block_4: Train
     block_16: Train
     masked: Train
-    masked_rows: Train  # of as many rows as block_16, and fewer FLOPs
 
 
 def text_modes(
@@ -125,14 +126,15 @@ def text_modes(
     dim: int = 192,
     heads: int = 6,
     batch: int = 16,
+    whole: float = 0.85,
     optimiser: training.Optimiser | None = None,
     **fit: Any,
 ) -> TextModes:
     """The runs of a corpus, packed into rows; what is measured is the bound, or exact.
 
-    Arguments as of `modes`. Held-out bits a character are exact for the autoregressive model, and
-    an upper bound for the others. A dual stream reads a row twice, so that modes in blocks read
-    fewer rows; published comparisons are of as many rows, as `masked_rows` and `block_16` are.
+    Arguments as of `modes`. Held-out bits a character are exact for causal models, and an upper
+    bound for the others. Models in blocks see whole rows first, at half the price, for the share
+    `whole` of their steps, as BD3-LM's do (850,000 steps of 1,000,000); then both streams.
 
     Positions are told by RoPE alone, whose slowest wave is about two rows long: with learned ones
     beside it, or slow waves, attention to neighbours is found late (3.29 bits a character in blocks
@@ -147,31 +149,28 @@ def text_modes(
     )  # fmt: skip
     budget = _Budget(run, flops, batch, optimiser, fit)
 
-    def made(name: str, objective: Any, steps: int | None = None, **changes: Any) -> Train:
+    def made(name: str, objective: Any, whole: float = 0.0, **changes: Any) -> Train:
         config = dataclasses.replace(backbone, **changes)
         asked = {"bits": Bits(data=data)}
-        return budget.run(name, data, config, objective, length, asked, steps)
+        return budget.run(name, data, config, objective, length, asked, whole)
 
     def in_blocks(size: int) -> Train:
         return made(
-            f"block_{size}", Diffusion(noise=_band(size)),
+            f"block_{size}", Diffusion(noise=_band(size)), whole,
             attention="block_causal", alignment="same_position", block_size=size,
         )  # fmt: skip
 
-    def masked(name: str, steps: int | None = None) -> Train:
-        return made(
-            name, Diffusion(noise=_band(0)), steps, attention="bidirectional",
-            alignment="same_position",
-        )  # fmt: skip
-
-    block_16 = in_blocks(16)
+    drafts = MaskedBlocks(block_size=4, blocks=length // 4)
     return TextModes(
         ar=made("ar", Autoregressive(), mask_id=None),
+        tri=made("tri", DualStream(noise=drafts, ar_weight=1.0)),
         block_4=in_blocks(4),
-        block_16=block_16,
-        masked=masked("masked"),
-        masked_rows=masked("masked_rows", block_16.fit.steps),
-    )
+        block_16=in_blocks(16),
+        masked=made(
+            "masked", Diffusion(noise=_band(0)),
+            attention="bidirectional", alignment="same_position",
+        ),
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -279,17 +278,29 @@ class _Budget(NamedTuple):
 
     def run(
         self, name: str, data: Data, model: TransformerConfig, objective: Any, length: int,
-        evaluations: Mapping[str, Evaluation], steps: int | None = None,
+        evaluations: Mapping[str, Evaluation], whole: float = 0.0,
     ) -> Train:  # fmt: skip
-        """A run of so many steps, by default as many as the FLOPs are good for."""
-        if steps is None:
-            work = step_flops(model, model.tree(), objective, self.batch, length)
-            steps = max(round(self.flops / work), 1)
+        """A run of as many steps as the FLOPs are good for; in a share of them texts are whole."""
+
+        def work(size: int | None) -> float:
+            own, aim = of_size(model.build(), objective, size)
+            return step_flops(own.config, own.config.tree(), aim, self.batch, length)
+
+        phases: tuple[training.Phase, ...] = ()
+        if whole:
+            step = whole * work(0) + (1 - whole) * work(None)
+            steps = max(round(self.flops / step), 2)
+            phases = (
+                training.Phase(until=max(round(whole * steps), 1), block_size=0),
+                training.Phase(until=steps, block_size=objective.noise.block_size),
+            )
+        else:
+            steps = max(round(self.flops / work(None)), 1)
         settings: dict[str, Any] = {
             "log_every": 20, "save_every": 250, "evaluate_every": max(steps // 4, 1), **self.fit
         }  # fmt: skip
         fit = training.Fit(steps=steps, batch=self.batch, length=length, **settings)
         return Train(
-            run=self.folder / name, data=data, model=model, objective=objective,
+            run=self.folder / name, data=data, model=model, objective=objective, phases=phases,
             optimiser=self.optimiser or _optimiser(steps), fit=fit, evaluations=evaluations,
         )  # fmt: skip

@@ -45,7 +45,7 @@ _sudoku = Sudoku(size=4, pool=256)
 sudoku = modes(
     dataclasses.replace(_sudoku, layout="prompt"), canvas=_sudoku, flops=4e11, layers=4
 ).masked
-text_ar, text_block_4, text_block_16, text_masked, _ = experiments.text_modes(
+text_ar, text_tri, text_block_4, text_block_16, text_masked = experiments.text_modes(
     CorpusData(folder=Path("runs/classics-characters"), length=256, kind="char", vocab_size=128),
     run=Path("runs/learning/text"), flops=2e12, layers=4, dim=64, heads=2, batch=4, **LAST,
 )  # fmt: skip

@@ -130,6 +130,8 @@ def samples(config: pretraining.Train, model: Any, params: Any) -> Iterator[dict
         }
     else:
         asked = {"one token a pass": recipes.ar(temperature=1.0)}
+        if model.config.mask_id is not None:
+            asked["self-speculation"] = recipes.self_speculative(width=3, temperature=1.0)
     for way, recipe in asked.items():
         found = generate(
             model, params, [opening], recipe=recipe, max_new_tokens=WRITTEN, key=jax.random.key(0)
