@@ -8,7 +8,8 @@ What a row computes differs (a dual stream reads it twice), so the ways differ i
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from dllm_jax.nn.transformer import TransformerConfig
 from dllm_jax.pretraining import Data, Evaluation, TaskAccuracy, TaskData, Train
 from dllm_jax.tasks import Task
 from dllm_jax.training.loop import Found
+from dllm_jax.training.optimisers import Kind
 from dllm_jax.training.phases import of_size
 from dllm_jax.training.throughput import step_flops
 from dllm_jax.typing import Params
@@ -73,7 +75,7 @@ def modes(
         heads, mask_id=vocabulary.mask_id, pad_id=vocabulary.pad_id, eos_ids=(vocabulary.eos_id,),
         learned_positions=True,
     )  # fmt: skip
-    budget = _Budget(run, flops, batch, optimiser, fit)
+    budget = _Budget(run, flops, batch, optimiser or partial(_optimiser, "adamw", 2e-3), fit)
     marked = Diffusion(noise=MaskNoise(weighting="flat"), divide="learnt")
     in_blocks = Diffusion(
         noise=MaskNoise(block_size=block, weighting="flat"), divide="learnt",
@@ -136,6 +138,9 @@ def text_modes(
     bound for the others. Models in blocks see whole rows first, at half the price, for the share
     `whole` of their steps, as BD3-LM's do (850,000 steps of 1,000,000); then both streams.
 
+    Muon at 1e-2 by default, which learns prose several times as fast as AdamW at 2e-3 (blocks of 16
+    3.08 bits a character after 4e12 FLOPs, 3.00 by Muon at 2e-3, 2.86 at 5e-3, 2.83 at 1.2e-2).
+
     Positions are told by RoPE alone, whose slowest wave is about two rows long: with learned ones
     beside it, or slow waves, attention to neighbours is found late (3.29 bits a character in blocks
     of 16 after 4e12 FLOPs; 3.34 with `rope_theta=10_000`; 3.58 with it and learned positions).
@@ -147,7 +152,7 @@ def text_modes(
         -(-data.vocab_size // 64) * 64, length, layers, dim, heads, mask_id=1, pad_id=0,
         eos_ids=(2,), rope_theta=length / 2.56,
     )  # fmt: skip
-    budget = _Budget(run, flops, batch, optimiser, fit)
+    budget = _Budget(run, flops, batch, optimiser or partial(_optimiser, "muon", 1e-2), fit)
 
     def made(name: str, objective: Any, whole: float = 0.0, **changes: Any) -> Train:
         config = dataclasses.replace(backbone, **changes)
@@ -251,9 +256,9 @@ def _band(size: int) -> MaskNoise:
     return MaskNoise(block_size=size, counts="independent", beta=low, omega=high)
 
 
-def _optimiser(steps: int) -> training.Optimiser:
+def _optimiser(kind: Kind, rate: float, steps: int) -> training.Optimiser:
     return training.Optimiser(
-        learning_rate=2e-3, warmup=max(steps // 10, 1), b2=0.98, weight_decay=0.01
+        kind=kind, learning_rate=rate, warmup=max(steps // 10, 1), b2=0.98, weight_decay=0.01
     )
 
 
@@ -273,7 +278,7 @@ class _Budget(NamedTuple):
     folder: Path
     flops: float
     batch: int
-    optimiser: training.Optimiser | None
+    optimiser: training.Optimiser | Callable[[int], training.Optimiser]  # or by the steps
     fit: dict[str, Any]
 
     def run(
@@ -299,8 +304,10 @@ class _Budget(NamedTuple):
         settings: dict[str, Any] = {
             "log_every": 20, "save_every": 250, "evaluate_every": max(steps // 4, 1), **self.fit
         }  # fmt: skip
+        own = self.optimiser
+        optimiser = own if isinstance(own, training.Optimiser) else own(steps)
         fit = training.Fit(steps=steps, batch=self.batch, length=length, **settings)
         return Train(
             run=self.folder / name, data=data, model=model, objective=objective, phases=phases,
-            optimiser=self.optimiser or _optimiser(steps), fit=fit, evaluations=evaluations,
+            optimiser=optimiser, fit=fit, evaluations=evaluations,
         )  # fmt: skip
