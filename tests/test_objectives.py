@@ -354,6 +354,27 @@ def test_a_noise_level_that_no_entry_has_is_no_number():
         np.testing.assert_allclose(total, found[f"level_{i}"], rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Autoregressive(),
+        Diffusion(),
+        Diffusion(noise=MaskNoise(block_size=T), confidence_weight=1.0),
+    ],
+    ids=["ar", "masked", "confident"],
+)
+def test_a_batch_with_nothing_to_learn_costs_nothing_and_has_no_accuracy(objective):
+    causal = isinstance(objective, Autoregressive) or bool(objective.noise.block_size)
+    kind = ("causal", "shifted") if causal else ("bidirectional",)
+    model, params = model_of(*kind)
+    empty = {**BATCH, "prompts": BATCH["lengths"]}
+    run = jax.jit(jax.value_and_grad(partial(objective.loss, model), has_aux=True))
+    (loss, figures), grads = run(params, empty, jax.random.key(0))
+    assert loss == 0
+    assert np.isnan(figures["accuracy"])
+    assert all(bool((x == 0).all()) for x in jax.tree.leaves(grads))
+
+
 def test_noise_levels_are_spread_over_a_batch():
     model, _ = model_of("block_causal")
     noise = MaskNoise(block_size=T, counts="independent")

@@ -28,7 +28,8 @@ class Autoregressive:
         """The loss of a batch (`data.batches`), in nats per learnt token; `key` is not used.
 
         Returns:
-          The loss, and the figures `accuracy` and `tokens` (learnt ones).
+          The loss, and the figures `accuracy` (NaN where nothing is learnt) and `tokens` (learnt
+          ones).
         """
 
         def run(params: Params, batch: dict[str, jax.Array]):
@@ -46,7 +47,7 @@ class Autoregressive:
 
     def draw(self, model: Any, batch: dict[str, jax.Array], key: Key) -> Drawn:
         """The batch and its number of learnt tokens."""
-        return Drawn(batch, {"learnt": jnp.maximum(answers(batch).sum(), 1)})
+        return Drawn(batch, {"learnt": answers(batch).sum()})
 
     def score(
         self, model: Any, params: Params, drawn: Drawn
@@ -62,4 +63,5 @@ class Autoregressive:
         nats, best = cross_entropy_of(model, params, out.hidden[:, :-1], tokens[:, 1:])
         right = ((best == tokens[:, 1:]) & learnt).sum() / total
         tokens = learnt.sum().astype(jnp.float32)
-        return (nats * learnt).sum() / total, {"accuracy": right, "tokens": tokens}
+        loss = (nats * learnt).sum() / jnp.maximum(total, 1)
+        return loss, {"accuracy": right, "tokens": tokens}

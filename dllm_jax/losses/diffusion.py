@@ -117,8 +117,8 @@ class Diffusion:
           The loss, and a dict of scalars: `diffusion` (its noisy part), `ar` and `entropy` (where
           they are weighted, before it), `accuracy` on entries that are learnt, `level_0`, ... their
           mean cost by noise level before its weight (nats of the clean token; of the bounds of
-          `UniformNoise` and `MixedNoise` the rate of the divergence; NaN of a level that none has),
-          `tokens` (to be learnt).
+          `UniformNoise` and `MixedNoise` the rate of the divergence), both NaN where there are
+          none, and `tokens` (to be learnt).
 
         Raises:
           ValueError: the noise is not for the model.
@@ -184,8 +184,8 @@ class Diffusion:
         }[self.divide]
         share = jnp.broadcast_to(1 / jnp.maximum(divisor, 1), (rows,)).astype(jnp.float32)
         totals = {
-            "learnt": jnp.maximum(learnt.sum(), 1),
-            "levels": jnp.array([x.sum() for x in _by_level(noisy)]),  # 0: the figure is NaN
+            "learnt": learnt.sum(),  # 0: the figure is NaN, here and below
+            "levels": jnp.array([x.sum() for x in _by_level(noisy)]),
         }
         if self.ar_weight:
             totals["scored"] = jnp.maximum(answers(batch).sum(), 1)
@@ -240,7 +240,8 @@ class Diffusion:
             figures[f"level_{i}"] = jnp.where(here, nats, 0.0).sum() / totals["levels"][i]
         if self.confidence_weight:
             assert entropy is not None
-            figures["entropy"] = jnp.where(right, entropy, 0.0).sum() / totals["learnt"]
+            some = jnp.maximum(totals["learnt"], 1)
+            figures["entropy"] = jnp.where(right, entropy, 0.0).sum() / some
             loss = loss + self.confidence_weight * figures["entropy"]
         if self.ar_weight:
             assert clean is not None
