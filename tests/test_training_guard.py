@@ -115,10 +115,12 @@ def test_a_crash_at_any_step_leaves_no_trace(data, whole, seed):
     assert (run / "samples.jsonl").read_text() == (whole[0] / "samples.jsonl").read_text()
 
 
-def test_a_run_told_to_stop_keeps_the_state_before_and_goes_on_when_told(data, whole):
-    run = data / "stopped"
+@pytest.mark.parametrize("log_every", [1, 5])
+def test_a_run_told_to_stop_keeps_the_state_before_and_goes_on_when_told(data, whole, log_every):
+    """Also where steps were started behind the one that was not applied, before anybody looked."""
+    run = data / f"stopped-{log_every}"
     first = ill_steps()[0]
-    stopping = {**EVERYTHING, "on_spike": "stop"}
+    stopping = {**EVERYTHING, "on_spike": "stop", "log_every": log_every}
     for _ in range(2):  # again, it stops again
         with pytest.raises(
             training.Spike, match=f"step {first} is not applied: its loss is nan"
@@ -128,8 +130,12 @@ def test_a_run_told_to_stop_keeps_the_state_before_and_goes_on_when_told(data, w
             assert word in str(e.value)
     step, _ = training.restore(run)
     assert step == first - 1
+    last = [row for row in rows(run) if "loss" in row][-1]
+    expected = next(row for row in rows(whole[0]) if row["step"] == first)
+    assert str(last) == str(expected)
     same(toy_training.fit(run, evaluations=looks()[0], **EVERYTHING), whole[1])
-    assert str(rows(run)) == str(rows(whole[0]))
+    if log_every == 1:
+        assert str(rows(run)) == str(rows(whole[0]))
 
 
 def test_without_a_guard_the_poison_is_taken(data):
@@ -162,6 +168,7 @@ def steps_of(**options):
     model, params = toy_training.model()
     params = jax.device_put(params, jax.devices()[0])
     names = dict(ema=bool(options.get("ema")), losses=bool(options.pop("losses", False)))
+    names["stopped"] = options.get("stop", False)
     state = training.create(params, ("embed",), toy_training.TX, **names)
     step = training.make_train_step(model, toy_training.TOY, toy_training.TX, **options)
     data = batches([training_row(i) for i in range(40)], batch=8, length=8, pad_id=0, seed=0)
@@ -203,6 +210,22 @@ def test_a_spike_is_a_loss_far_above_the_median_of_enough():
         np.testing.assert_allclose(after.losses, [*losses[1:], loss], rtol=1e-6)
 
 
+def test_nothing_is_applied_behind_a_step_that_was_not():
+    step, state, params, data, key = steps_of(spike=3.0, losses=True, stop=True)
+    good = next(data)
+    usual = jax.device_put(np.full(WINDOW, 1e-3, np.float32), jax.devices()[0])
+    state = dataclasses.replace(state, losses=usual)
+    own = lambda: jax.device_get((state.step, state.trainable, state.opt_state))  # noqa: E731
+    before = own()
+    state, figures = step(state, params, good, key)  # far above what is usual
+    assert float(figures["skipped"]) == 1
+    np.testing.assert_array_equal(state.losses, np.full(WINDOW, 1e-3, np.float32))
+    fine = jax.device_put(np.full(WINDOW, 1e3, np.float32), jax.devices()[0])
+    state, figures = step(dataclasses.replace(state, losses=fine), params, good, key)
+    assert float(figures["skipped"]) == 1
+    same(own(), before)
+
+
 def test_losses_of_another_objective_are_no_measure(data):
     """Where a phase begins, and there alone: a run that goes on within it knows its losses."""
     run = data / "phases"
@@ -242,6 +265,7 @@ def test_what_is_given_together_must_fit():
             "does nothing where on_spike is ignore",
         ),
         (lambda: steps_of(ema=1.0), r"ema=1.0 is a decay"),
+        (lambda: steps_of(stop=True), "stop=True needs to know what is not applied"),
     ):
         with pytest.raises(ValueError, match=message):
             make()

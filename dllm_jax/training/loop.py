@@ -35,7 +35,7 @@ from dllm_jax.training import checkpoints, curves, records
 from dllm_jax.training.feed import Feed, training_mesh, what_is_cut
 from dllm_jax.training.identity import check_same, described
 from dllm_jax.training.reports import reports
-from dllm_jax.training.spikes import Spike, Watch
+from dllm_jax.training.spikes import Spike, Started, Watch
 from dllm_jax.training.step import WINDOW, TrainState, make_train_step, trained, with_extras
 from dllm_jax.training.throughput import Meter, step_flops
 from dllm_jax.typing import Key, Params
@@ -77,8 +77,8 @@ class Fit:
     """Their folder, by default in the run's. All processes must see it: where hosts share no disk,
     a bucket (gs://...)."""
     log_every: int = 1
-    """Many processes look for signals, and at the clock, at logged steps only. To stop at a spike,
-    every step is looked at."""
+    """Many processes look for signals, and at the clock, at logged steps only. A spike is seen at
+    the next step that is logged, evaluated or saved; what was started behind it is not applied."""
     evaluate_every: int = 100
     """And at the last step; 0: never."""
     heldout_rows: int = 64
@@ -170,9 +170,10 @@ def fit(
     guarded, stops = config.on_spike != "ignore", config.on_spike == "stop"
     step = make_train_step(
         model, objective, tx, accumulate=config.accumulate, ema=config.ema,
-        spike=config.spike if guarded else None,
+        spike=config.spike if guarded else None, stop=stops,
     )  # fmt: skip
-    state = with_extras(state, ema=config.ema > 0, losses=config.spike > 0)
+    extras = partial(with_extras, ema=config.ema > 0, losses=config.spike > 0, stopped=stops)
+    state = extras(state)
     asked: dict[str, Evaluation] = dict(evaluations or {})
     if heldout is not None:
         look = partial(
@@ -189,11 +190,11 @@ def fit(
     own |= {"seed": config.seed, **shape, "rows": len(source)}
     folder = absolute(config.checkpoints or run / "checkpoints")
     first, alone = distributed.is_first(), jax.process_count() == 1
-    watch = Watch(run, key)
+    watch = Watch(run, key, stops=stops)
     meter = Meter(*_rates(config, model, objective, state, 1 if mesh is None else mesh.size))
     with scope(placed), records.interrupts() as interrupted:
         del placed
-        state = _restore(folder, state, data, own)
+        state = extras(_restore(folder, state, data, own))
         done = began = int(state.step)
         if done == begins and state.losses is not None:
             state = dataclasses.replace(state, losses=state.losses * float("nan"))
@@ -217,6 +218,18 @@ def fit(
             reports(run, config.report, dataclasses.asdict(config)) as report,
             records.progress(config.steps, done) as show,
         ):
+
+            def check(state: TrainState) -> None:
+                refused = watch.look()
+                if stops and refused:
+                    one, path = refused[0]
+                    its = jax.device_get(one.figures)
+                    found = meter.look() | {name: float(x) for name, x in its.items()}
+                    write(one.number, found)
+                    _save(saver, one.number - 1, state, one.position, own)
+                    saver.wait()
+                    raise _spike(one.number, found, folder, path)
+
             while done < config.steps and not stop():
                 position = data.get_state()
                 given = feed.place(next(data))
@@ -226,16 +239,13 @@ def fit(
                 done += 1
                 meter.add(figures)
                 if guarded:
-                    watch.add(done, given, figures)
-                if stops and (kept := watch.look()):
-                    found = meter.look()
-                    write(done, found)
-                    before = dataclasses.replace(state, step=state.step - 1)
-                    _save(saver, done - 1, before, position, own)
-                    saver.wait()
-                    raise _spike(done, found, folder, kept[0])
-                if done % config.log_every == 0 or done == config.steps:
-                    watch.look()
+                    watch.add(Started(done, given, position, figures))
+                logged = done % config.log_every == 0 or done == config.steps
+                every = config.evaluate_every if asked else 0
+                due = every > 0 and (done == config.steps or done % every == 0)
+                if logged or due or done % config.save_every == 0:
+                    check(state)
+                if logged:
                     show(done, write(done, meter.look()))
                     if watch.in_a_row >= WINDOW:
                         _save(saver, done, state, data.get_state(), own)
@@ -244,8 +254,7 @@ def fit(
                             f"{watch.in_a_row} steps up to step {done} were not applied, one after "
                             f"the other: their batches are in {run / 'spikes'}"
                         )
-                due = done == config.steps or done % (config.evaluate_every or 1) == 0
-                if asked and config.evaluate_every and due:
+                if due:
                     with meter.pause():
                         whole = {**params, **trained(state)}
                         for name, ask in asked.items():
@@ -256,7 +265,7 @@ def fit(
                 if done % config.save_every == 0:
                     with meter.pause():
                         _save(saver, done, state, data.get_state(), own)
-            watch.look()
+            check(state)
             if meter.holds:
                 write(done, meter.look())
             _save(saver, done, state, data.get_state(), own)

@@ -1,7 +1,7 @@
 """The batches of steps that were not applied: kept, to be looked at."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,28 +14,38 @@ class Spike(RuntimeError):
     """A step was not applied, and the run was told to stop there."""
 
 
+class Started(NamedTuple):
+    """A step that was started, of which nobody has seen yet whether it was applied."""
+
+    number: int
+    batch: dict[str, Any]
+    position: dict[str, Any]  # of the data, before the batch
+    figures: dict[str, jax.Array]
+
+
 class Watch:
-    """Holds the batches of steps until it is seen whether they were applied."""
+    """Holds steps until it is seen whether they were applied, and keeps the batches of others."""
 
-    def __init__(self, run: Path, key: Key):
-        self._run, self._key = run, key
+    def __init__(self, run: Path, key: Key, *, stops: bool):
+        """`stops`: behind a step that is not applied none is, and the first one says it all."""
+        self._run, self._key, self._stops = run, key, stops
         self.in_a_row = 0  # steps up to the last one looked at that were not applied
-        self._steps: list[tuple[int, dict[str, Any], jax.Array]] = []
+        self._steps: list[Started] = []
 
-    def add(self, step: int, batch: dict[str, Any], figures: dict[str, jax.Array]) -> None:
+    def add(self, step: Started) -> None:
         """A step that was started."""
-        self._steps.append((step, batch, figures["skipped"]))
+        self._steps.append(step)
 
-    def look(self) -> list[Path]:
-        """Keeps the batches of those that were not applied, and forgets the others."""
+    def look(self) -> list[tuple[Started, Path]]:
+        """Those that were not applied, and their batches' files; the others are forgotten."""
         steps, self._steps = self._steps, []
-        flags = jax.device_get([skipped for _, _, skipped in steps])
+        flags = jax.device_get([step.figures["skipped"] for step in steps])
         for skipped in flags:
             self.in_a_row = self.in_a_row + 1 if skipped else 0
+        refused = [step for step, skipped in zip(steps, flags, strict=True) if skipped]
         return [
-            save_spike(self._run, step, batch, self._key)
-            for (step, batch, _), skipped in zip(steps, flags, strict=True)
-            if skipped
+            (step, save_spike(self._run, step.number, step.batch, self._key))
+            for step in (refused[:1] if self._stops else refused)
         ]
 
 

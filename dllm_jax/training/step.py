@@ -28,6 +28,7 @@ class TrainState:
     opt_state: Any
     ema: Params | None = None  # float32: the running average of `trainable`, where one is kept
     losses: jax.Array | None = None  # float32[WINDOW]: the last that were numbers, the newest last
+    stopped: jax.Array | None = None  # bool[]: a step was not applied, so none is any more
 
 
 def create(
@@ -37,6 +38,7 @@ def create(
     *,
     ema: bool = False,
     losses: bool = False,
+    stopped: bool = False,
 ) -> TrainState:
     """A state that trains the named top-level entries of `params` and leaves the others alone.
 
@@ -45,6 +47,7 @@ def create(
     Args:
       ema: with a running average of the parameters, which starts as they are.
       losses: with the last losses, which a step with `spike` compares its own with.
+      stopped: with the mark that a step with `stop` leaves.
     """
     unknown = [name for name in names if name not in params]
     if unknown:
@@ -60,11 +63,11 @@ def create(
     whole = _whole(jax.tree.leaves(homes)[0])
     moments = _homes(jax.eval_shape(tx.init, given), given, whole)
     state = TrainState(*jax.jit(start, out_shardings=(whole, homes, moments))(given))
-    return with_extras(state, ema=ema, losses=losses)
+    return with_extras(state, ema=ema, losses=losses, stopped=stopped)
 
 
-def with_extras(state: TrainState, *, ema: bool, losses: bool) -> TrainState:
-    """The state with an average and the last losses, where they are asked for and not there."""
+def with_extras(state: TrainState, *, ema: bool, losses: bool, stopped: bool) -> TrainState:
+    """The state with what is asked for and not there: an average, the last losses, a mark."""
     if ema and state.ema is None:
         homes = jax.tree.map(lambda x: x.sharding, state.trainable)
         wide = jax.jit(partial(jax.tree.map, _wide), out_shardings=homes)
@@ -72,6 +75,9 @@ def with_extras(state: TrainState, *, ema: bool, losses: bool) -> TrainState:
     if losses and state.losses is None:
         fresh = jax.jit(lambda: jnp.full(WINDOW, jnp.nan), out_shardings=state.step.sharding)
         state = dataclasses.replace(state, losses=fresh())
+    if stopped and state.stopped is None:
+        fresh = jax.jit(lambda: jnp.bool_(False), out_shardings=state.step.sharding)
+        state = dataclasses.replace(state, stopped=fresh())
     return state
 
 
@@ -114,6 +120,7 @@ def make_train_step(
     accumulate: int = 1,
     ema: float = 0.0,
     spike: float | None = None,
+    stop: bool = False,
 ) -> partial[tuple[TrainState, dict[str, jax.Array]]]:
     """A jitted `step(state, params, batch, key) -> (state, figures)`; `state` is donated.
 
@@ -131,21 +138,27 @@ def make_train_step(
         whose loss or gradient is not finite, and one whose loss is above `spike` times the median
         of the last `WINDOW` losses that were numbers, once there are so many: a loss that stays
         high is soon the usual one. 0: only what is not finite. None: everything is applied.
+      stop: after a step that is not applied none is, and the state stays as it was before it, its
+        `step` too. So who looks at `skipped` later finds that state, and waits for no step.
     """
     if not 0 <= ema < 1:
         raise ValueError(f"ema={ema} is a decay: it must be in [0, 1)")
     if spike and spike <= 1:
         raise ValueError(f"spike={spike} times the usual loss must be above 1, or 0: no number")
-    return partial(_step, model, objective, tx, accumulate, ema, spike)
+    if stop and spike is None:
+        raise ValueError("stop=True needs to know what is not applied: give spike, 0 or more")
+    return partial(_step, model, objective, tx, accumulate, ema, spike, stop)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5), donate_argnums=6)
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6), donate_argnums=7)
 def _step(
-    model, objective, tx, accumulate, ema, spike, state: TrainState, params: Params, batch, key: Key
-):
+    model, objective, tx, accumulate, ema, spike, stop, state: TrainState, params: Params, batch,
+    key: Key,
+):  # fmt: skip
     for name, there, what in (
         ("ema", bool(ema), f"ema={ema}"),
         ("losses", bool(spike), f"spike={spike}"),
+        ("stopped", stop, f"stop={stop}"),
     ):
         if there != (getattr(state, name) is not None):
             raise ValueError(
@@ -188,12 +201,16 @@ def _stepped(
     if state.losses is not None:
         newer = jnp.append(state.losses[1:], total.astype(jnp.float32))
         losses = jnp.where(jnp.isfinite(total), newer, state.losses)
-    after = TrainState(state.step + 1, trainable, opt_state, mean, losses)
+    after = TrainState(state.step + 1, trainable, opt_state, mean, losses, state.stopped)
     if spike is not None:
         spiked = ~(jnp.isfinite(total) & jnp.isfinite(figures["grad_norm"]))
         if state.losses is not None:  # the median is no number while one of them is none
             spiked |= total > spike * jnp.median(state.losses)
-        before = dataclasses.replace(state, step=state.step + 1, losses=losses)
+        if state.stopped is None:
+            before = dataclasses.replace(state, step=state.step + 1, losses=losses)
+        else:
+            spiked |= state.stopped
+            before = dataclasses.replace(state, stopped=jnp.bool_(True))
         after = jax.tree.map(lambda old, new: jnp.where(spiked, old, new), before, after)
         figures["skipped"] = spiked.astype(jnp.float32)
     return after, figures
