@@ -226,6 +226,12 @@ def test_nothing_is_applied_behind_a_step_that_was_not():
     same(own(), before)
 
 
+def test_what_a_run_returns_is_for_steps_of_ones_own(data):
+    state = toy_training.fit(data / "returned", steps=1)  # which would stop at a spike
+    step, _, params, source, key = steps_of()
+    assert int(step(state, params, next(source), key)[0].step) == 2
+
+
 def test_losses_of_another_objective_are_no_measure(data):
     """Where a phase begins, and there alone: a run that goes on within it knows its losses."""
     run = data / "phases"

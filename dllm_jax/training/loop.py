@@ -271,7 +271,7 @@ def fit(
             _save(saver, done, state, data.get_state(), own)
     if first:
         curves.plot(run)
-    return state
+    return dataclasses.replace(state, stopped=None)  # for steps of anybody's own
 
 
 def evaluate(
