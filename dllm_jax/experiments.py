@@ -26,7 +26,6 @@ from dllm_jax.pretraining import Data, Evaluation, TaskAccuracy, TaskData, Train
 from dllm_jax.tasks import Task
 from dllm_jax.training.loop import Found
 from dllm_jax.training.optimisers import Kind
-from dllm_jax.training.phases import of_size
 from dllm_jax.training.throughput import step_flops
 from dllm_jax.typing import Params
 
@@ -128,22 +127,23 @@ def text_modes(
     dim: int = 192,
     heads: int = 6,
     batch: int = 16,
-    whole: float = 0.85,
     optimiser: training.Optimiser | None = None,
     **fit: Any,
 ) -> TextModes:
     """The runs of a corpus, packed into rows; what is measured is the bound, or exact.
 
     Arguments as of `modes`. Held-out bits a character are exact for causal models, and an upper
-    bound for the others. Models in blocks see whole rows first, at half the price, for the share
-    `whole` of their steps, as BD3-LM's do (850,000 steps of 1,000,000); then both streams.
+    bound for the others. A dual stream reads a row twice, so that modes in blocks read fewer rows.
+    Whole rows first, at half the price, as BD3-LM's training has them (`Train.phases`; 85% of the
+    steps), gave blocks of 16 2.83 instead of 2.91 bits a character after 4e12 FLOPs, and after 2e13
+    nothing (2.55), and cost blocks of 4 a quarter of a bit there (2.55 instead of 2.30).
 
-    Muon at 1e-2 by default, which learns prose several times as fast as AdamW at 2e-3 (blocks of 16
-    3.08 bits a character after 4e12 FLOPs, 3.00 by Muon at 2e-3, 2.86 at 5e-3, 2.83 at 1.2e-2).
+    Muon at 1e-2 by default learns prose several times as fast as AdamW at 2e-3: blocks of 16 come
+    to 2.91 instead of 3.14 bits after 4e12 FLOPs, masked diffusion to 2.79 instead of 3.04.
 
     Positions are told by RoPE alone, whose slowest wave is about two rows long: with learned ones
     beside it, or slow waves, attention to neighbours is found late (3.29 bits a character in blocks
-    of 16 after 4e12 FLOPs; 3.34 with `rope_theta=10_000`; 3.58 with it and learned positions).
+    of 16 after 4e12 FLOPs of AdamW; 3.34 with `rope_theta=10_000`; 3.58 with it and learned positions).
     """
     length = data.length
     if length is None or length % 16:
@@ -154,14 +154,14 @@ def text_modes(
     )  # fmt: skip
     budget = _Budget(run, flops, batch, optimiser or partial(_optimiser, "muon", 1e-2), fit)
 
-    def made(name: str, objective: Any, whole: float = 0.0, **changes: Any) -> Train:
+    def made(name: str, objective: Any, **changes: Any) -> Train:
         config = dataclasses.replace(backbone, **changes)
         asked = {"bits": Bits(data=data)}
-        return budget.run(name, data, config, objective, length, asked, whole)
+        return budget.run(name, data, config, objective, length, asked)
 
     def in_blocks(size: int) -> Train:
         return made(
-            f"block_{size}", Diffusion(noise=_band(size)), whole,
+            f"block_{size}", Diffusion(noise=_band(size)),
             attention="block_causal", alignment="same_position", block_size=size,
         )  # fmt: skip
 
@@ -249,7 +249,7 @@ def _band(size: int) -> MaskNoise:
     """Masks of blocks of `size` (0: whole texts, which take the band of 16) in BD3-LM's bands.
 
     Clipped schedules vary less (2503.09573, section 5.3). Bits a character of prose after 4e12
-    FLOPs, one seed, in the band and with the whole bound: blocks of 4 2.93 and 2.93, of 16 3.14 and
+    FLOPs of AdamW, one seed, in the band and with the whole bound: blocks of 4 2.93 and 2.93, of 16 3.14 and
     3.29, whole texts 3.04 and 3.44.
     """
     low, high = (0.45, 0.95) if size == 4 else (0.3, 0.8)
@@ -283,24 +283,11 @@ class _Budget(NamedTuple):
 
     def run(
         self, name: str, data: Data, model: TransformerConfig, objective: Any, length: int,
-        evaluations: Mapping[str, Evaluation], whole: float = 0.0,
+        evaluations: Mapping[str, Evaluation],
     ) -> Train:  # fmt: skip
-        """A run of as many steps as the FLOPs are good for; in a share of them texts are whole."""
-
-        def work(size: int | None) -> float:
-            own, aim = of_size(model.build(), objective, size)
-            return step_flops(own.config, own.config.tree(), aim, self.batch, length)
-
-        phases: tuple[training.Phase, ...] = ()
-        if whole:
-            step = whole * work(0) + (1 - whole) * work(None)
-            steps = max(round(self.flops / step), 2)
-            phases = (
-                training.Phase(until=max(round(whole * steps), 1), block_size=0),
-                training.Phase(until=steps, block_size=objective.noise.block_size),
-            )
-        else:
-            steps = max(round(self.flops / work(None)), 1)
+        """A run of as many steps as the FLOPs are good for."""
+        work = step_flops(model, model.tree(), objective, self.batch, length)
+        steps = max(round(self.flops / work), 1)
         settings: dict[str, Any] = {
             "log_every": 20, "save_every": 250, "evaluate_every": max(steps // 4, 1), **self.fit
         }  # fmt: skip
@@ -308,6 +295,6 @@ class _Budget(NamedTuple):
         optimiser = own if isinstance(own, training.Optimiser) else own(steps)
         fit = training.Fit(steps=steps, batch=self.batch, length=length, **settings)
         return Train(
-            run=self.folder / name, data=data, model=model, objective=objective, phases=phases,
+            run=self.folder / name, data=data, model=model, objective=objective,
             optimiser=optimiser, fit=fit, evaluations=evaluations,
         )  # fmt: skip

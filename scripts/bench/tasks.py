@@ -78,18 +78,12 @@ def asked(
     """Adds to `own` what training took, and what the model answers, way by way."""
     model, params = checkpoint.load(run / "model")
     rows = [row for row in training.read_metrics(run / "metrics.jsonl") if "seconds" in row]
-    ends = [phase.until for phase in config.phases] or [config.fit.steps]
-    spent = [
-        float(np.median([row["seconds"] for row in rows if begin < row["step"] <= end]))
-        * (end - begin)
-        for begin, end in zip([0, *ends], ends, strict=False)
-    ]
     own |= {
         "data": repr(getattr(config.data, "task", config.data)),
         "parameters": sum(int(np.size(x)) for x in jax.tree.leaves(params)),
         "steps": config.fit.steps,
         "rows": config.fit.steps * config.fit.batch,
-        "hours": sum(spent) / 3600,
+        "hours": float(np.median([row["seconds"] for row in rows])) * config.fit.steps / 3600,
         "loss": float(np.mean([row["loss"] for row in rows[-20:]])),
     }
     own.setdefault("ways", {})
