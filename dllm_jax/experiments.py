@@ -143,7 +143,7 @@ def text_modes(
 
     Positions are told by RoPE alone, whose slowest wave is about two rows long: with learned ones
     beside it, or slow waves, attention to neighbours is found late (3.29 bits a character in blocks
-    of 16 after 4e12 FLOPs of AdamW; 3.34 with `rope_theta=10_000`; 3.58 with it and learned positions).
+    of 16 after 4e12 FLOPs of AdamW; 3.34 with `rope_theta=10_000`; with both of them 3.58).
     """
     length = data.length
     if length is None or length % 16:
@@ -249,8 +249,8 @@ def _band(size: int) -> MaskNoise:
     """Masks of blocks of `size` (0: whole texts, which take the band of 16) in BD3-LM's bands.
 
     Clipped schedules vary less (2503.09573, section 5.3). Bits a character of prose after 4e12
-    FLOPs of AdamW, one seed, in the band and with the whole bound: blocks of 4 2.93 and 2.93, of 16 3.14 and
-    3.29, whole texts 3.04 and 3.44.
+    FLOPs of AdamW, one seed, in the band and with the whole bound: blocks of 4 2.93 and 2.93, of 16
+    3.14 and 3.29, whole texts 3.04 and 3.44.
     """
     low, high = (0.45, 0.95) if size == 4 else (0.3, 0.8)
     return MaskNoise(block_size=size, counts="independent", beta=low, omega=high)

@@ -39,7 +39,7 @@ LEAST = {
 # before it 3.41.
 MOST = {
     "text_ar": 2.2,
-    "text_tri": 2.4,
+    "text_tri": 2.6,
     "text_block_4": 3.1,
     "text_block_16": 3.3,
     "text_masked": 3.3,
