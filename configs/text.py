@@ -1,6 +1,6 @@
-"""English prose (5.4 million characters) in four modes: bits a character at the same FLOPs.
+"""English prose (5.4 million characters) in five modes: bits a character at the same FLOPs.
 
-Each takes six to thirteen minutes on one core; two run beside each other on two.
+Each takes about ten minutes on one core; two run beside each other on two.
 
     dllm-jax train configs/text.py               # autoregressive
     dllm-jax train configs/text.py:block_4       # also :block_16, :masked, :tri
