@@ -182,8 +182,7 @@ def table(held: dict[str, Any]) -> str:
     lines = [
         f"{held['device']}, jax {held['versions']['jax']}, {held['date']}, commit"
         f" {held['commit']}. Runs of an experiment have the same backbone, parameters and training"
-        " FLOPs (both streams counted), and rows differ; one named for its rows has the rows"
-        " of another instead. Accuracy on test questions, ± one standard"
+        " FLOPs (both streams counted), and rows differ. Accuracy on test questions, ± one standard"
         " error of the questions, or where there are several seeds the deviation between them."
         " Overhead: entries processed for a token of an answer.",
         "",
