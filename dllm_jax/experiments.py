@@ -8,8 +8,7 @@ What a row computes differs (a dual stream reads it twice), so the ways differ i
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,7 +73,7 @@ def modes(
         heads, mask_id=vocabulary.mask_id, pad_id=vocabulary.pad_id, eos_ids=(vocabulary.eos_id,),
         learned_positions=True,
     )  # fmt: skip
-    budget = _Budget(run, flops, batch, optimiser or partial(_optimiser, "adamw", 2e-3), fit)
+    budget = _Budget(run, flops, batch, optimiser, ("adamw", 2e-3), fit)
     marked = Diffusion(noise=MaskNoise(weighting="flat"), divide="learnt")
     in_blocks = Diffusion(
         noise=MaskNoise(block_size=block, weighting="flat"), divide="learnt",
@@ -135,11 +134,12 @@ def text_modes(
     Arguments as of `modes`. Held-out bits a character are exact for causal models, and an upper
     bound for the others. A dual stream reads a row twice, so that modes in blocks read fewer rows.
     Whole rows first, at half the price, as BD3-LM's training has them (`Train.phases`; 85% of the
-    steps), gave blocks of 16 2.83 instead of 2.91 bits a character after 4e12 FLOPs, and after 2e13
-    nothing (2.55), and cost blocks of 4 a quarter of a bit there (2.55 instead of 2.30).
+    steps), gave blocks of 16 2.83 (by Muon at 1.2e-2) instead of 2.91 bits a character after 4e12
+    FLOPs, and after 2e13 nothing (2.55), and cost blocks of 4 a quarter of a bit there (2.55
+    instead of 2.30).
 
-    Muon at 1e-2 by default learns prose several times as fast as AdamW at 2e-3: blocks of 16 come
-    to 2.91 instead of 3.14 bits after 4e12 FLOPs, masked diffusion to 2.79 instead of 3.04.
+    Muon at 1e-2 by default learns prose faster than AdamW at 2e-3: blocks of 16 come to 2.91
+    instead of 3.14 bits after 4e12 FLOPs, masked diffusion (at 1.2e-2) to 2.79 instead of 3.04.
 
     Positions are told by RoPE alone, whose slowest wave is about two rows long: with learned ones
     beside it, or slow waves, attention to neighbours is found late (3.29 bits a character in blocks
@@ -152,7 +152,7 @@ def text_modes(
         -(-data.vocab_size // 64) * 64, length, layers, dim, heads, mask_id=1, pad_id=0,
         eos_ids=(2,), rope_theta=length / 2.56,
     )  # fmt: skip
-    budget = _Budget(run, flops, batch, optimiser or partial(_optimiser, "muon", 1e-2), fit)
+    budget = _Budget(run, flops, batch, optimiser, ("muon", 1e-2), fit)
 
     def made(name: str, objective: Any, **changes: Any) -> Train:
         config = dataclasses.replace(backbone, **changes)
@@ -278,7 +278,8 @@ class _Budget(NamedTuple):
     folder: Path
     flops: float
     batch: int
-    optimiser: training.Optimiser | Callable[[int], training.Optimiser]  # or by the steps
+    optimiser: training.Optimiser | None
+    kind_and_rate: tuple[Kind, float]  # of the optimiser where none is given
     fit: dict[str, Any]
 
     def run(
@@ -291,8 +292,7 @@ class _Budget(NamedTuple):
         settings: dict[str, Any] = {
             "log_every": 20, "save_every": 250, "evaluate_every": max(steps // 4, 1), **self.fit
         }  # fmt: skip
-        own = self.optimiser
-        optimiser = own if isinstance(own, training.Optimiser) else own(steps)
+        optimiser = self.optimiser or _optimiser(*self.kind_and_rate, steps)
         fit = training.Fit(steps=steps, batch=self.batch, length=length, **settings)
         return Train(
             run=self.folder / name, data=data, model=model, objective=objective,
