@@ -1,10 +1,10 @@
-"""Countdown with four numbers at 7M parameters, and with three at 1.3M, in four modes.
+"""Countdown with four numbers at 7M parameters, and with three at 0.2M, in four modes.
 
     dllm-jax train configs/countdown.py          # masked diffusion; also :block, :tri, :ar
     dllm-jax train configs/countdown.py:three    # also :three_block, :three_tri, :three_ar
 
 Four numbers are for an accelerator: 1e17 FLOPs are a month on two cores, and minutes on a chip.
-Three take five minutes a run on two cores.
+Three take ten minutes a run on one core.
 """
 
 from pathlib import Path

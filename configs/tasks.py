@@ -17,10 +17,10 @@ path_star, path_star_block, path_star_tri, path_star_ar = modes(
 )
 # A canvas fills numbers up with zeros, an easier task: masked learns the texts of the others.
 addition, addition_block, addition_tri, addition_ar = modes(
-    Addition(), run=Path("runs/addition"), flops=2e13
+    Addition(), run=Path("runs/addition"), flops=8e12
 )
 addition_canvas = modes(
-    Addition(), canvas=Addition(layout="canvas"), run=Path("runs/addition-canvas"), flops=2e13
+    Addition(), canvas=Addition(layout="canvas"), run=Path("runs/addition-canvas"), flops=8e12
 ).masked
 brackets, brackets_block, brackets_tri, brackets_ar = modes(
     Brackets(), run=Path("runs/brackets"), flops=2e13

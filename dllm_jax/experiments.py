@@ -24,7 +24,6 @@ from dllm_jax.nn.transformer import TransformerConfig
 from dllm_jax.pretraining import Data, Evaluation, TaskAccuracy, TaskData, Train
 from dllm_jax.tasks import Task
 from dllm_jax.training.loop import Found
-from dllm_jax.training.optimisers import Kind
 from dllm_jax.training.throughput import step_flops
 from dllm_jax.typing import Params
 
@@ -46,10 +45,11 @@ def modes(
     run: Path,
     flops: float,
     canvas: Task | None = None,
-    layers: int = 6,
-    dim: int = 128,
-    heads: int = 4,
+    layers: int = 4,
+    dim: int = 64,
+    heads: int = 2,
     block: int = 4,
+    grid: bool = False,
     batch: int = 32,
     optimiser: training.Optimiser | None = None,
     **fit: Any,
@@ -63,17 +63,18 @@ def modes(
       canvas: the same in the layout "canvas", which the masked model learns, where there is one.
       layers, dim, heads: of the backbone; feed-forward layers are three times as wide.
       block: positions of a block, for the modes that have some.
+      grid: positions are places of a grid, each with a vector of its own beside RoPE.
       batch: rows of a step.
-      optimiser: AdamW at 2e-3 by default.
+      optimiser: Muon at 1e-2 by default.
       fit: other fields of `training.Fit`.
     """
     whole, vocabulary = canvas or task, task.vocabulary
     backbone = _backbone(
         vocabulary.size, -(-max(task.length, whole.length) // block) * block + block, layers, dim,
         heads, mask_id=vocabulary.mask_id, pad_id=vocabulary.pad_id, eos_ids=(vocabulary.eos_id,),
-        learned_positions=True,
+        grid=grid,
     )  # fmt: skip
-    budget = _Budget(run, flops, batch, optimiser, ("adamw", 2e-3), fit)
+    budget = _Budget(run, flops, batch, optimiser, fit)
     marked = Diffusion(noise=MaskNoise(weighting="flat"), divide="learnt")
     in_blocks = Diffusion(
         noise=MaskNoise(block_size=block, weighting="flat"), divide="learnt",
@@ -150,9 +151,9 @@ def text_modes(
         raise ValueError(f"length={length}: rows must be packed, in blocks of 16")
     backbone = _backbone(
         -(-data.vocab_size // 64) * 64, length, layers, dim, heads, mask_id=1, pad_id=0,
-        eos_ids=(2,), rope_theta=length / 2.56,
+        eos_ids=(2,),
     )  # fmt: skip
-    budget = _Budget(run, flops, batch, optimiser, ("muon", 1e-2), fit)
+    budget = _Budget(run, flops, batch, optimiser, fit)
 
     def made(name: str, objective: Any, **changes: Any) -> Train:
         config = dataclasses.replace(backbone, **changes)
@@ -256,19 +257,25 @@ def _band(size: int) -> MaskNoise:
     return MaskNoise(block_size=size, counts="independent", beta=low, omega=high)
 
 
-def _optimiser(kind: Kind, rate: float, steps: int) -> training.Optimiser:
+def _optimiser(steps: int) -> training.Optimiser:
     return training.Optimiser(
-        kind=kind, learning_rate=rate, warmup=max(steps // 10, 1), b2=0.98, weight_decay=0.01
+        kind="muon", learning_rate=1e-2, warmup=max(steps // 10, 1), b2=0.98, weight_decay=0.01
     )
 
 
 def _backbone(
-    vocab_size: int, length: int, layers: int, dim: int, heads: int, **other: Any
+    vocab_size: int,
+    length: int,
+    layers: int,
+    dim: int,
+    heads: int,
+    grid: bool = False,
+    **other: Any,
 ) -> TransformerConfig:
     return TransformerConfig(
         vocab_size=vocab_size, num_layers=layers, dim=dim, num_heads=heads, num_kv_heads=heads,
         head_dim=dim // heads, ffn_dim=3 * dim, qk_norm=True, max_length=length,
-        **other,
+        learned_positions=grid, rope_theta=10_000.0 if grid else length / 2.56, **other,
     )  # fmt: skip
 
 
@@ -279,7 +286,6 @@ class _Budget(NamedTuple):
     flops: float
     batch: int
     optimiser: training.Optimiser | None
-    kind_and_rate: tuple[Kind, float]  # of the optimiser where none is given
     fit: dict[str, Any]
 
     def run(
@@ -290,9 +296,9 @@ class _Budget(NamedTuple):
         work = step_flops(model, model.tree(), objective, self.batch, length)
         steps = max(round(self.flops / work), 1)
         settings: dict[str, Any] = {
-            "log_every": 20, "save_every": 250, "evaluate_every": max(steps // 4, 1), **self.fit
+            "log_every": 20, "save_every": 250, "evaluate_every": -(-steps // 4), **self.fit
         }  # fmt: skip
-        optimiser = self.optimiser or _optimiser(*self.kind_and_rate, steps)
+        optimiser = self.optimiser or _optimiser(steps)
         fit = training.Fit(steps=steps, batch=self.batch, length=length, **settings)
         return Train(
             run=self.folder / name, data=data, model=model, objective=objective,

@@ -15,11 +15,11 @@ from dllm_jax.tasks import Addition, Brackets, Countdown, PathStar, Recall, Repa
 LAST = dict(evaluate_every=1_000_000, save_every=1_000_000)  # asked after the last step alone
 
 
-def modes(task: Task, *, flops: float, canvas: Task | None = None, layers: int = 2):
+def modes(task: Task, *, flops: float, canvas: Task | None = None, grid: bool = False):
     """The modes of a task."""
     return experiments.modes(
-        task, canvas=canvas, run=Path("runs/learning") / task.name, flops=flops, layers=layers,
-        dim=64, **LAST,
+        task, canvas=canvas, run=Path("runs/learning") / task.name, flops=flops, layers=2,
+        grid=grid, **LAST,
     )  # fmt: skip
 
 
@@ -43,7 +43,7 @@ recall = modes(
 ).masked  # fmt: skip
 _sudoku = Sudoku(size=4, pool=256)
 sudoku = modes(
-    dataclasses.replace(_sudoku, layout="prompt"), canvas=_sudoku, flops=4e11, layers=4
+    dataclasses.replace(_sudoku, layout="prompt"), canvas=_sudoku, flops=4e11, grid=True
 ).masked
 text_ar, text_tri, text_block_4, text_block_16, text_masked = experiments.text_modes(
     CorpusData(folder=Path("runs/classics-characters"), length=256, kind="char", vocab_size=128),

@@ -97,7 +97,10 @@ class DualStream:
                 f" {config.attention}, its outputs {config.alignment}: train it with Diffusion"
             )
         if "segments" in batch or "given" in batch:
-            raise ValueError("one text a row here, whose given tokens are its prompt")
+            raise ValueError(
+                "one text a row here, whose given tokens are its prompt: train rows of several"
+                " documents, or with given tokens, by Diffusion(ar_weight=1.0)"
+            )
         noisy = self.noise.draw(key, tokens, lengths, batch["prompts"], mask_id)
         totals = {
             "learnt": jnp.maximum(noisy.weights.sum(), 1.0),
