@@ -9,11 +9,11 @@ have files of their own.
 
 from pathlib import Path
 
-from dllm_jax.experiments import modes
+from dllm_jax.experiments import LOOKUP, modes
 from dllm_jax.tasks import Addition, Brackets, PathStar, Recall, Repair
 
 path_star, path_star_block, path_star_tri, path_star_ar = modes(
-    PathStar(), canvas=PathStar(layout="canvas"), run=Path("runs/path-star"), flops=2e13
+    PathStar(), canvas=PathStar(layout="canvas"), run=Path("runs/path-star"), flops=2e13, **LOOKUP
 )
 # A canvas fills numbers up with zeros, an easier task: masked learns the texts of the others.
 addition, addition_block, addition_tri, addition_ar = modes(
@@ -23,15 +23,15 @@ addition_canvas = modes(
     Addition(), canvas=Addition(layout="canvas"), run=Path("runs/addition-canvas"), flops=8e12
 ).masked
 brackets, brackets_block, brackets_tri, brackets_ar = modes(
-    Brackets(), run=Path("runs/brackets"), flops=2e13
+    Brackets(), run=Path("runs/brackets"), flops=8e12
 )
 repair, repair_block, repair_tri, repair_ar = modes(
-    Repair(), canvas=Repair(layout="canvas"), run=Path("runs/repair"), flops=2e13
+    Repair(), canvas=Repair(layout="canvas"), run=Path("runs/repair"), flops=2e13, **LOOKUP
 )
 recall, recall_block, recall_tri, recall_ar = modes(
-    Recall(), canvas=Recall(layout="canvas"), run=Path("runs/recall"), flops=2e13, batch=8
+    Recall(), canvas=Recall(layout="canvas"), run=Path("runs/recall"), flops=2e13, batch=8, **LOOKUP
 )
 recall_4k, recall_4k_block, recall_4k_tri, recall_4k_ar = modes(
     Recall(context=4096), canvas=Recall(context=4096, layout="canvas"), run=Path("runs/recall-4k"),
-    flops=2e14, batch=4,
+    flops=2e14, batch=4, **LOOKUP,
 )  # fmt: skip

@@ -29,6 +29,19 @@ from dllm_jax.typing import Params
 
 ROWS = 1 << 30  # questions to train on: none is seen twice
 
+LOOKUP: Mapping[str, Any] = {
+    "grid": True, "heads": 4,
+    "optimiser": training.Optimiser(
+        learning_rate=2e-3, warmup=100, b2=0.98, weight_decay=0.01
+    ),
+}  # fmt: skip
+"""Arguments of `modes` for tasks that look things up: path-star, recall, repair.
+
+Masked diffusion, small instances (`tests/learning_config.py`), one seed, with these and without:
+two paths of three nodes 100% and 77%, recall of three pairs 100% and 45% (a guess among the three
+values is a third).
+"""
+
 
 class Modes(NamedTuple):
     """The runs of a task."""
@@ -55,6 +68,12 @@ def modes(
     **fit: Any,
 ) -> Modes:
     """The runs of a task.
+
+    Small models by Muon, and positions by RoPE alone whose slowest wave is about two rows long,
+    learn sums soonest. Masked diffusion, 8 digits, 8e12 FLOPs, one seed: 96% of 128 sums; by AdamW
+    at 2e-3 85%; with a vector for each position and slow waves (`grid`) 74%; by six times the
+    parameters 12% of 256, and with such vectors 2%. Grids need them: of Sudoku 9x9 it solves 97%
+    of 128 after 1e13 FLOPs, and without them (and 32 rows a step instead of 8) none.
 
     Args:
       task: in the layout "prompt".

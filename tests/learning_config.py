@@ -7,19 +7,21 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from dllm_jax import experiments
 from dllm_jax.data import CorpusData
+from dllm_jax.experiments import LOOKUP
 from dllm_jax.tasks import Addition, Brackets, Countdown, PathStar, Recall, Repair, Sudoku, Task
 
 LAST = dict(evaluate_every=1_000_000, save_every=1_000_000)  # asked after the last step alone
 
 
-def modes(task: Task, *, flops: float, canvas: Task | None = None, grid: bool = False):
+def modes(task: Task, *, flops: float, canvas: Task | None = None, **other: Any):
     """The modes of a task."""
     return experiments.modes(
-        task, canvas=canvas, run=Path("runs/learning") / task.name, flops=flops, layers=2,
-        grid=grid, **LAST,
+        task, canvas=canvas, run=Path("runs/learning") / task.name, flops=flops, layers=2, **LAST,
+        **other,
     )  # fmt: skip
 
 
@@ -31,15 +33,16 @@ brackets, brackets_block, brackets_tri, brackets_ar = modes(
 )
 countdown, countdown_block, countdown_tri, countdown_ar = modes(Countdown(numbers=2), flops=12e11)
 repair, repair_block, repair_tri, repair_ar = modes(
-    Repair(words=2), canvas=Repair(words=2, layout="canvas"), flops=12e11
+    Repair(words=2), canvas=Repair(words=2, layout="canvas"), flops=12e11, **LOOKUP
 )
 path_star = modes(
     PathStar(degree=2, path=3, names=5),
     canvas=PathStar(degree=2, path=3, names=5, layout="canvas"), flops=12e11,
+    **LOOKUP,
 ).masked  # fmt: skip
 recall = modes(
     Recall(context=14, key=1, value=1),
-    canvas=Recall(context=14, key=1, value=1, layout="canvas"), flops=12e11,
+    canvas=Recall(context=14, key=1, value=1, layout="canvas"), flops=12e11, **LOOKUP,
 ).masked  # fmt: skip
 _sudoku = Sudoku(size=4, pool=256)
 sudoku = modes(
