@@ -202,30 +202,43 @@ def text_modes(
 class Bits:
     """Bits a character of held-out rows, as a `pretraining.Evaluation`.
 
-    Each row given its first token: exactly for a causal model, else the bound (`likelihood.bound`).
-    Characters are counted by the mean of the held-out store, `characters_per_token`.
+    Each row given its prompt, or its first token: exactly for a causal model, else the bound
+    (`likelihood.bound`). Characters are counted by the mean of the held-out store,
+    `characters_per_token`.
     """
 
     data: Any
-    """A `CorpusData` or `StoreData` of packed rows."""
+    """A `CorpusData` or `StoreData`."""
     rows: int = 32
-    """From the start of the held-out ones."""
+    """From the start of the held-out ones; those that have nothing to learn are left out."""
     samples: int = 16
     """Draws of noise a row."""
     batch: int = 16
     seed: int = 0
 
     def __call__(self, model: Any, params: Params, step: int) -> Found:
-        """`per_character`, its `stderr` (of the draws of noise), and the number of `characters`."""
+        """`per_character`, its `stderr` (of the draws of noise), and the number of `characters`.
+
+        Raises:
+          ValueError: rows have given tokens behind a prompt, or several documents, or nothing to
+            learn.
+        """
         source, store = self.data.source("heldout"), self.data.store("heldout")
         rows = [source[i] for i in range(min(self.rows, len(source)))]
-        if any(row.prompt or row.given is not None or row.segments is not None for row in rows):
-            raise ValueError("bits are of whole rows: these have prompts, or several documents")
-        picked = [row.tokens.tolist() for row in rows]
+        if any(row.given is not None or row.segments is not None for row in rows):
+            raise ValueError(
+                "bits are of one text a row, behind its prompt: these have other given tokens, or"
+                " several documents"
+            )
+        given = [row.tokens[: max(row.prompt, 1)].tolist() for row in rows]
+        texts = [row.tokens[max(row.prompt, 1) :].tolist() for row in rows]
+        pairs = [(one, rest) for one, rest in zip(given, texts, strict=True) if rest]
+        if not pairs:
+            raise ValueError(f"none of the first {len(rows)} held-out rows has anything to learn")
         nats, spread = bits_of(
-            model, params, picked, samples=self.samples, batch=self.batch, seed=self.seed
+            model, params, pairs, samples=self.samples, batch=self.batch, seed=self.seed
         )
-        characters = sum(len(row) - 1 for row in picked) * store.characters_per_token
+        characters = sum(len(rest) for _, rest in pairs) * store.characters_per_token
         scale = 1 / math.log(2) / characters
         return {
             "per_character": float(nats.sum() * scale),
@@ -237,26 +250,25 @@ class Bits:
 def bits_of(
     model: Any,
     params: Params,
-    rows: Sequence[Sequence[int]],
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
     *,
     samples: int,
     batch: int,
     seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Nats of rows of ids, each given its first: float64[R], and their standard errors.
+    """Nats of R texts of ids, each with what it is given: float64[R], and their standard errors.
 
     Exact, with errors of 0, of what a causal model writes token after token; else upper bounds.
     """
     nats, errors, key = [], [], jax.random.key(seed)
-    for first in range(0, len(rows), batch):
-        part = rows[first : first + batch]
-        given, rest = [row[:1] for row in part], [row[1:] for row in part]
+    for first in range(0, len(pairs), batch):
+        given, rest = zip(*pairs[first : first + batch], strict=True)
         if model.config.attention == "causal" and model.config.alignment == "shifted":
             found = log_likelihood(model, params, given, rest, recipe=recipes.ar()).total
-            spread = np.zeros(len(part))
+            spread = np.zeros(len(rest))
         else:
             keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(
-                np.arange(first, first + len(part))
+                np.arange(first, first + len(rest))
             )
             found, spread = bound(model, params, given, rest, key=keys, samples=samples)
         found, spread = distributed.fetched((found, spread))

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dllm_jax import tasks, training
+from dllm_jax import recipes, tasks, training
 from dllm_jax.data import CorpusData, Row
 from dllm_jax.experiments import Bits, modes, text_modes
-from dllm_jax.likelihood import bound
+from dllm_jax.likelihood import bound, log_likelihood
 from dllm_jax.nn.head import logits_of
 from dllm_jax.nn.transformer import forward
 from dllm_jax.nn.tree import param_shapes
@@ -92,6 +92,47 @@ def test_bits_are_a_bound_for_a_diffusion_model():
     nats = -float(np.asarray(below.mean).sum())
     np.testing.assert_allclose(found["per_character"], nats / math.log(2) / 90, rtol=1e-5)
     assert 0 < found["stderr"] < found["per_character"]
+
+
+def test_bits_of_answers_are_behind_their_prompts():
+    @dataclasses.dataclass(frozen=True)
+    class Asked(Pairs):
+        def source(self, split: str):
+            rows = super().source(split)
+            return [
+                row._replace(prompt=prompt) for row, prompt in zip(rows, (5, 16, 9), strict=True)
+            ]
+
+    model, params = tiny(adapter=False, mask_id=None)
+    found = Bits(data=Asked(), batch=2)(model, params, 0)
+    rows = [row.tokens.tolist() for row in Pairs().source("heldout")]
+    logs = log_likelihood(
+        model, params, [rows[0][:5], rows[2][:9]], [rows[0][5:], rows[2][9:]], recipe=recipes.ar()
+    ).total
+    assert found["characters"] == (11 + 7) * 2  # the second row has no answer
+    nats = -float(np.asarray(logs).sum())
+    np.testing.assert_allclose(found["per_character"], nats / math.log(2) / 36, rtol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{"given": np.ones(16, bool)}, {"segments": np.zeros(16)}])
+def test_bits_of_other_rows_are_refused(changes):
+    @dataclasses.dataclass(frozen=True)
+    class Other(Pairs):
+        def source(self, split: str):
+            return [row._replace(**changes) for row in super().source(split)]
+
+    with pytest.raises(ValueError, match="behind its prompt"):
+        Bits(data=Other())(*tiny(adapter=False, mask_id=None), 0)
+
+
+def test_bits_of_rows_that_are_all_prompt_are_refused():
+    @dataclasses.dataclass(frozen=True)
+    class Empty(Pairs):
+        def source(self, split: str):
+            return [row._replace(prompt=16) for row in super().source(split)]
+
+    with pytest.raises(ValueError, match="none of the first 3 held-out rows"):
+        Bits(data=Empty())(*tiny(adapter=False, mask_id=None), 0)
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ LEAST = {
     "path_star": 0.9,
     "recall": 0.9,
     "repair": 0.8,
-    "repair_block": 0.8,
+    "repair_block": 0.5,
     "repair_tri": 0.8,
     "repair_ar": 0.8,
     "sudoku": 0.9,
