@@ -3,7 +3,7 @@
     dllm-jax train configs/sudoku.py                   # masked diffusion, in any order: 5 minutes
     dllm-jax train configs/sudoku.py:ar                # autoregressive; also :block, :tri
     dllm-jax train configs/sudoku.py:small             # 6x6; also :small_ar and so on
-    dllm-jax train configs/sudoku.py:tiny              # 4x4, two minutes; also :tiny_ar and so on
+    dllm-jax train configs/sudoku.py:tiny              # 4x4, a minute; also :tiny_ar and so on
 
 Seeds: --seed 1 --run runs/sudoku-9-seed1/masked.
 """
