@@ -82,7 +82,8 @@ def modes(
       canvas: the same in the layout "canvas", which the masked model learns, where there is one.
       layers, dim, heads: of the backbone; feed-forward layers are three times as wide.
       block: positions of a block, for the modes that have some.
-      grid: positions are places of a grid, each with a vector of its own beside RoPE.
+      grid: positions are places of a grid, each with a vector of its own beside RoPE, whose waves
+        are slow then.
       batch: rows of a step.
       optimiser: Muon at 1e-2 by default.
       fit: other fields of `training.Fit`.

@@ -98,8 +98,8 @@ class DualStream:
             )
         if "segments" in batch or "given" in batch:
             raise ValueError(
-                "one text a row here, whose given tokens are its prompt: train rows of several"
-                " documents, or with given tokens, by Diffusion(ar_weight=1.0)"
+                "one text a row here, whose given tokens are its prompt: rows of several documents"
+                " or with other given tokens are for Diffusion, with ar_weight=1.0 and a block_size"
             )
         noisy = self.noise.draw(key, tokens, lengths, batch["prompts"], mask_id)
         totals = {
