@@ -231,9 +231,8 @@ class Bits:
                 "bits are of one text a row, behind its prompt: these have other given tokens, or"
                 " several documents"
             )
-        given = [row.tokens[: max(row.prompt, 1)].tolist() for row in rows]
-        texts = [row.tokens[max(row.prompt, 1) :].tolist() for row in rows]
-        pairs = [(one, rest) for one, rest in zip(given, texts, strict=True) if rest]
+        cuts = [(row.tokens.tolist(), max(row.prompt, 1)) for row in rows]
+        pairs = [(ids[:cut], ids[cut:]) for ids, cut in cuts if cut < len(ids)]
         if not pairs:
             raise ValueError(f"none of the first {len(rows)} held-out rows has anything to learn")
         nats, spread = bits_of(
@@ -317,7 +316,7 @@ class _Budget(NamedTuple):
     folder: Path
     flops: float
     batch: int
-    optimiser: training.Optimiser | None
+    optimiser: training.Optimiser | None  # None: `_optimiser`
     fit: dict[str, Any]
 
     def run(

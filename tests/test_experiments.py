@@ -55,12 +55,14 @@ def test_rows_of_a_corpus_must_be_whole_blocks():
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """Packed rows of ids, of half a token a character."""
+    """Rows of ids, of half a token a character; and what else is told of each."""
+
+    told: tuple[dict, ...] = ({}, {}, {})
 
     def source(self, split: str):
         assert split == "heldout"
         draw = np.random.default_rng(0)
-        return [Row(draw.integers(3, 30, 16).astype(np.int32)) for _ in range(3)]
+        return [Row(draw.integers(3, 30, 16).astype(np.int32), **more) for more in self.told]
 
     def store(self, split: str):
         return SimpleNamespace(characters_per_token=2.0)
@@ -95,17 +97,10 @@ def test_bits_are_a_bound_for_a_diffusion_model():
 
 
 def test_bits_of_answers_are_behind_their_prompts():
-    @dataclasses.dataclass(frozen=True)
-    class Asked(Pairs):
-        def source(self, split: str):
-            rows = super().source(split)
-            return [
-                row._replace(prompt=prompt) for row, prompt in zip(rows, (5, 16, 9), strict=True)
-            ]
-
     model, params = tiny(adapter=False, mask_id=None)
-    found = Bits(data=Asked(), batch=2)(model, params, 0)
-    rows = [row.tokens.tolist() for row in Pairs().source("heldout")]
+    data = Pairs(told=({"prompt": 5}, {"prompt": 16}, {"prompt": 9}))
+    found = Bits(data=data, batch=2)(model, params, 0)
+    rows = [row.tokens.tolist() for row in data.source("heldout")]
     logs = log_likelihood(
         model, params, [rows[0][:5], rows[2][:9]], [rows[0][5:], rows[2][9:]], recipe=recipes.ar()
     ).total
@@ -114,25 +109,17 @@ def test_bits_of_answers_are_behind_their_prompts():
     np.testing.assert_allclose(found["per_character"], nats / math.log(2) / 36, rtol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{"given": np.ones(16, bool)}, {"segments": np.zeros(16)}])
-def test_bits_of_other_rows_are_refused(changes):
-    @dataclasses.dataclass(frozen=True)
-    class Other(Pairs):
-        def source(self, split: str):
-            return [row._replace(**changes) for row in super().source(split)]
-
-    with pytest.raises(ValueError, match="behind its prompt"):
-        Bits(data=Other())(*tiny(adapter=False, mask_id=None), 0)
-
-
-def test_bits_of_rows_that_are_all_prompt_are_refused():
-    @dataclasses.dataclass(frozen=True)
-    class Empty(Pairs):
-        def source(self, split: str):
-            return [row._replace(prompt=16) for row in super().source(split)]
-
-    with pytest.raises(ValueError, match="none of the first 3 held-out rows"):
-        Bits(data=Empty())(*tiny(adapter=False, mask_id=None), 0)
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"given": np.ones(16, bool)}, "behind its prompt"),
+        ({"segments": np.zeros(16, np.int32)}, "behind its prompt"),
+        ({"prompt": 16}, "none of the first 3 held-out rows"),
+    ],
+)
+def test_bits_of_other_rows_are_refused(told, said):
+    with pytest.raises(ValueError, match=said):
+        Bits(data=Pairs(told=3 * (told,)))(*tiny(adapter=False, mask_id=None), 0)
 
 
 @pytest.mark.slow
