@@ -6,16 +6,18 @@
         --torch-python /tmp/tv/bin/python
 
 Two processes, this one and that of training_torch.py, take turns on the same model, weights, batch,
-objective and threads, warm, a few steps a turn: masked diffusion of 81 tokens, weights flat on the
-masks, and an autoregressive model of 256. In float32; and with products of bfloat16, in JAX
-`jax_default_matmul_precision`, in PyTorch `torch.autocast`. First the losses of both must agree on
-the same weights and noise. Tokens are random: nothing here depends on them. Then the model FLOPs of
-a step against the machine's rate of float32 products, measured before and after. Writes <out>.json
-and <out>.md; about six minutes on two cores. Before it, for both sides, GLIBC_TUNABLES as above:
-memory in huge pages, which the report names.
+objective, optimiser and threads, warm, a few steps a turn: masked diffusion of 81 tokens, weights
+flat on the masks, and an autoregressive model of 256. As the recipes are (64 wide, Muon), and three
+times as wide with three times the rows; by their Muon, and by AdamW. In float32; and with products
+of bfloat16, in JAX `jax_default_matmul_precision`, in PyTorch `torch.autocast`. First the losses of
+both must agree on the same weights and noise. Tokens are random: nothing here depends on them. Then
+the model FLOPs of a step against the machine's rate of float32 products, measured before and after.
+Writes <out>.json and <out>.md; about ten minutes on two cores. Before it, for both sides,
+GLIBC_TUNABLES as above: memory in huge pages, which the report names.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import runpy
@@ -25,7 +27,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -33,14 +35,13 @@ import numpy as np
 import tyro
 from safetensors.numpy import save_file
 
-from dllm_jax import training
+from dllm_jax import pretraining, training
 from dllm_jax.bench.ceilings import rate
 from dllm_jax.bench.report import provenance
-from dllm_jax.pretraining import trained_as
 from dllm_jax.training.throughput import step_flops
 
 HERE = Path(__file__).parent
-NAMES = {"sudoku": "masked diffusion, 81 tokens", "text": "autoregressive, 256 tokens"}
+NAMES = {"sudoku": "masked diffusion", "text": "autoregressive"}
 BATCHES, FIRST_ID, WORDS = 4, 3, 10  # random tokens: so many ids behind the special ones
 
 
@@ -56,6 +57,10 @@ class Duel:
     """Which of the two."""
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
     """Of products."""
+    scales: tuple[int, ...] = (1, 3)
+    """How many times as wide as the recipe, and how many times its rows a step."""
+    optimisers: tuple[Literal["muon", "adamw"], ...] = ("muon", "adamw")
+    """The recipes' own is Muon."""
     threads: int = 2
     turns: int = 8
     """Of each side."""
@@ -72,7 +77,12 @@ def main(config: Duel) -> None:
         "threads": config.threads,
         "malloc": os.environ.get("GLIBC_TUNABLES", ""),
         "load_before": os.getloadavg(),
-        "rows": [duel(name, dtype, config) for name in config.configs for dtype in config.dtypes],
+        "rows": [
+            duel(Case(*case), config)
+            for case in itertools.product(
+                config.configs, config.scales, config.optimisers, config.dtypes
+            )
+        ],
         "load_after": os.getloadavg(),
     }
     config.out.parent.mkdir(parents=True, exist_ok=True)
@@ -82,16 +92,41 @@ def main(config: Duel) -> None:
     print(table)
 
 
-def duel(name: str, dtype: str, config: Duel) -> dict[str, Any]:
-    """Both sides in turn on one of the configs."""
+class Case(NamedTuple):
+    """What both sides train."""
+
+    config: str
+    scale: int
+    optimiser: str
+    dtype: str
+
+    def train(self) -> pretraining.Train:
+        """As `dllm-jax train` has it."""
+        train = runpy.run_path(str(HERE.parents[1] / "configs" / f"{self.config}.py"))["config"]
+        model, fit, scale = train.model, train.fit, self.scale
+        wide = {
+            name: getattr(model, name) * scale
+            for name in ("dim", "ffn_dim", "num_heads", "num_kv_heads")
+        }
+        return dataclasses.replace(
+            train,
+            model=dataclasses.replace(model, **wide),
+            fit=dataclasses.replace(fit, batch=fit.batch * scale),
+            optimiser=dataclasses.replace(train.optimiser, kind=self.optimiser),
+        )
+
+
+def duel(case: Case, config: Duel) -> dict[str, Any]:
+    """Both sides in turn."""
+    dtype = case.dtype
     jax.config.update("jax_default_matmul_precision", None if dtype == "float32" else dtype)
-    ours = Ours(name)
+    ours = Ours(case.train())
     with tempfile.TemporaryDirectory() as folder:
         ours.write(Path(folder))
         with Theirs(config, Path(folder), dtype) as theirs:
             losses = ours.loss(), theirs.ask("loss")
             if abs(losses[0] - losses[1]) > {"float32": 1e-4, "bfloat16": 1e-2}[dtype]:
-                raise SystemExit(f"{name}: the losses of the same weights differ: {losses}")
+                raise SystemExit(f"{case}: the losses of the same weights differ: {losses}")
             sides = {"ours": ours.steps, "theirs": partial(theirs.ask, "steps")}
             for side in sides.values():
                 side(count=2)  # compiles, and warms the optimisers
@@ -103,7 +138,8 @@ def duel(name: str, dtype: str, config: Duel) -> dict[str, Any]:
             rates.append(rate("float32"))
             about = theirs.ask("about")
     found: dict[str, Any] = {
-        "config": name, "dtype": dtype, "losses": losses, **about, "tokens": ours.size
+        **case._asdict(), "losses": losses, **about, "tokens": ours.size, "shape": ours.shape,
+        "parameters": sum(x.size for x in jax.tree.leaves(ours.params)),
     }  # fmt: skip
     for side, spent in seconds.items():
         found[side] = {
@@ -121,10 +157,10 @@ def duel(name: str, dtype: str, config: Duel) -> dict[str, Any]:
 class Ours:
     """dllm_jax in this process: what `dllm-jax train` runs on a config, from its first weights."""
 
-    def __init__(self, name: str):
-        train = runpy.run_path(str(HERE.parents[1] / "configs" / f"{name}.py"))["config"]
-        config = trained_as(train, train.model)
+    def __init__(self, train: pretraining.Train):
+        config = pretraining.trained_as(train, train.model)
         self.train, self.model = train, config.build()
+        self.objective = cast(Any, train.objective)
         self.params: Any = self.model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))[
             "params"
         ]
@@ -137,10 +173,10 @@ class Ours:
         tokens = random.integers(FIRST_ID, last, (BATCHES, batch, length)).astype(np.int32)
         rows = {"prompts": np.zeros(batch, np.int32), "lengths": np.full(batch, length, np.int32)}
         self.batches = [{"tokens": own, **rows} for own in tokens]
-        self.size, self.done = batch * length, 0
+        self.size, self.shape, self.done = batch * length, (batch, length), 0
         self.flops = step_flops(config, self.params, train.objective, batch, length)
         self.masked = hasattr(train.objective, "noise")
-        self.drawn = train.objective.draw(self.model, self.batches[0], jax.random.key(1))
+        self.drawn = self.objective.draw(self.model, self.batches[0], jax.random.key(1))
 
     def write(self, folder: Path) -> None:
         """What the other side needs."""
@@ -163,7 +199,7 @@ class Ours:
         (folder / "config.json").write_text(json.dumps(about))
 
     def loss(self) -> float:
-        score = jax.jit(partial(self.train.objective.score, self.model))
+        score = jax.jit(partial(self.objective.score, self.model))
         return float(score(self.params, self.drawn)[0])
 
     def steps(self, count: int) -> dict[str, Any]:
@@ -216,9 +252,9 @@ def markdown(report: dict[str, Any]) -> str:
         "sides. MFU: model FLOPs of the fastest step against float32 products of large matrices, "
         f"at best {best / 1e9:.0f} GFLOP/s.",
         "",
-        "| model | products | dllm_jax, tokens/s | eager PyTorch, tokens/s | ratio, median "
-        "| ratio, fastest | MFU | PyTorch's |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | parameters | rows x tokens | optimiser | products | dllm_jax, tokens/s "
+        "| eager PyTorch, tokens/s | ratio, median | ratio, fastest | MFU | PyTorch's |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         rates = {
@@ -230,7 +266,9 @@ def markdown(report: dict[str, Any]) -> str:
             f"{rates[side, 'median']} ({rates[side, 'least']})" for side in ("ours", "theirs")
         )
         lines.append(
-            f"| {NAMES[row['config']]} | {row['dtype']} | {' | '.join(speeds)} "
+            f"| {NAMES[row['config']]} | {row['parameters']:,} "
+            f"| {' x '.join(map(str, row['shape']))} | {row['optimiser']} | {row['dtype']} "
+            f"| {' | '.join(speeds)} "
             f"| {row['ratio_median']:.2f}x | {row['ratio_least']:.2f}x | {row['ours']['mfu']:.0%} "
             f"| {row['theirs']['mfu']:.0%} |"
         )

@@ -3,8 +3,8 @@
     python training_torch.py FOLDER THREADS DTYPE   (torch, numpy and safetensors are all it needs)
 
 What a PyTorch user would write: an nn.Module, scaled_dot_product_attention, cross-entropy of the
-learnt positions alone, clip_grad_norm_, AdamW; torch.autocast where DTYPE is bfloat16. Requests
-come as lines of JSON on stdin; answers go to stdout.
+learnt positions alone, clip_grad_norm_, AdamW, or Muon of the matrices beside it; torch.autocast
+where DTYPE is bfloat16. Requests come as lines of JSON on stdin; answers go to stdout.
 """
 
 import json
@@ -44,11 +44,7 @@ class Side:
         self.tokens = arrays.pop("tokens").long()  # [S, B, L]: batches
         self.noisy, self.learnt = arrays.pop("noisy").long(), arrays.pop("learnt").bool()
         self.model = Model(self.config, arrays)
-        o = self.config["optimiser"]
-        self.optimiser = torch.optim.AdamW(
-            self.model.parameters(), lr=o["learning_rate"], betas=(o["b1"], o["b2"]), eps=o["eps"],
-            weight_decay=o["weight_decay"],
-        )  # fmt: skip
+        self.optimisers = optimisers(self.model, self.config["optimiser"])
         self.done = 0
 
     def loss(self) -> float:
@@ -66,11 +62,12 @@ class Side:
             if self.config["masked"]:
                 learnt = torch.rand(tokens.shape) < torch.rand(len(tokens), 1)
                 noisy = torch.where(learnt, self.config["mask_id"], tokens)
-            self.optimiser.zero_grad()
+            self.model.zero_grad()
             loss = self._loss(tokens, noisy, learnt)
             loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config["optimiser"]["clip"])
-            self.optimiser.step()
+            for optimiser in self.optimisers:
+                optimiser.step()
             last = loss.item()
             self.done += 1
             found.append(time.perf_counter() - start)
@@ -89,6 +86,21 @@ class Side:
         return F.cross_entropy(scores, tokens[learnt])
 
 
+def optimisers(model: nn.Module, o: dict[str, Any]) -> list[torch.optim.Optimizer]:
+    """What PyTorch has of the kind."""
+    matrices = []
+    if o["kind"] == "muon":
+        matrices = [x for block in model.blocks for x in block.parameters() if x.ndim == 2]
+    own = {id(x) for x in matrices}
+    rest = [x for x in model.parameters() if id(x) not in own]
+    rate = {"lr": o["learning_rate"], "weight_decay": o["weight_decay"]}
+    adamw = torch.optim.AdamW(rest, **rate, betas=(o["b1"], o["b2"]), eps=o["eps"])
+    if not matrices:
+        return [adamw]
+    adjust = "match_rms_adamw"
+    return [adamw, torch.optim.Muon(matrices, **rate, momentum=o["momentum"], adjust_lr_fn=adjust)]
+
+
 class Model(nn.Module):
     """The model of our config, with its weights."""
 
@@ -96,7 +108,9 @@ class Model(nn.Module):
         super().__init__()
         self.causal = config["attention"] == "causal"
         self.embed = nn.Embedding.from_pretrained(arrays["embed"], freeze=False)
-        self.positions = nn.Embedding.from_pretrained(arrays["positions"], freeze=False)
+        self.positions = None
+        if "positions" in arrays:
+            self.positions = nn.Embedding.from_pretrained(arrays["positions"], freeze=False)
         self.blocks = nn.ModuleList(Block(config, arrays, i) for i in range(config["num_layers"]))
         self.norm = _norm(arrays["final_norm"], config)
         self.head = _linear(arrays["head"].T)
@@ -109,7 +123,9 @@ class Model(nn.Module):
 
     def forward(self, tokens):
         """Scores [B, L, V]."""
-        hidden = self.embed(tokens) + self.positions.weight[: tokens.shape[1]]
+        hidden = self.embed(tokens)
+        if self.positions is not None:
+            hidden = hidden + self.positions.weight[: tokens.shape[1]]
         for block in self.blocks:
             hidden = block(hidden, self.cos, self.sin, self.causal)
         return self.head(self.norm(hidden))
