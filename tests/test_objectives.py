@@ -289,6 +289,33 @@ def test_confidence_counts_the_entropy_where_the_model_is_right():
     np.testing.assert_allclose(loss, plain + 0.3 * total / count, rtol=1e-5)
 
 
+@pytest.mark.parametrize("focus", [0.5, 2.0])
+def test_focus_weighs_a_token_by_how_little_it_is_known(focus: float):
+    """Value and gradient, against the definition; the figure is the plain cost."""
+    model, params = model_of("bidirectional")
+    key, plain = jax.random.key(5), Diffusion(divide="rows")
+    objective = dataclasses.replace(plain, focus=focus)
+    noisy = jax.jit(partial(plain.draw, model))(BATCH, key).rows.noisy
+    shown, weights = np.asarray(noisy.tokens[:, 0]), np.asarray(noisy.weights[:, 0])
+
+    def slow(params):
+        logits = scores(model, params, shown, BlockMask.bidirectional(L), lengths=LENGTHS)
+        total = 0.0
+        for row in range(2):
+            for place in np.flatnonzero(weights[row]):
+                p = jax.nn.softmax(logits[row, place, :MASK])[TOKENS[row, place]]
+                cost = weights[row, place] * (1 - p) ** focus * -jnp.log(p)
+                total += cost / len(learnt(row)) / 2
+        return total
+
+    fast = jax.jit(jax.value_and_grad(partial(objective.loss, model), has_aux=True))
+    (loss, figures), grads = fast(params, BATCH, key)
+    expected, slopes = jax.jit(jax.value_and_grad(slow))(params)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), grads, slopes)
+    np.testing.assert_allclose(figures["diffusion"], cost(plain, model, params, BATCH, key)[0])
+
+
 def test_given_tokens_are_neither_noised_nor_learnt():
     model, params = model_of("bidirectional")
     given = np.zeros((2, L), bool)
@@ -360,8 +387,9 @@ def test_a_noise_level_that_no_entry_has_is_no_number():
         Autoregressive(),
         Diffusion(),
         Diffusion(noise=MaskNoise(block_size=T), confidence_weight=1.0),
+        Diffusion(focus=0.5),
     ],
-    ids=["ar", "masked", "confident"],
+    ids=["ar", "masked", "confident", "focused"],
 )
 def test_a_batch_with_nothing_to_learn_costs_nothing_and_has_no_accuracy(objective):
     causal = isinstance(objective, Autoregressive) or bool(objective.noise.block_size)
@@ -563,6 +591,8 @@ def test_bad_settings_are_told_so():
         (dict(self_conditioning=0.5), "in blocks"),
         (dict(self_conditioning=2.0), "share"),
         (dict(confidence_weight=-1.0), "negative"),
+        (dict(focus=-1.0), "negative"),
+        (dict(focus=1.0, noise=MixedNoise()), "MaskNoise"),
         (dict(predict_mask=True, confidence_weight=1.0), "cross-entropy"),
     ):
         with pytest.raises(ValueError, match=said):

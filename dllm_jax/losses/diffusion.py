@@ -79,6 +79,10 @@ class Diffusion:
     ar_weight: float = 0.0  # of the autoregressive loss on the clean text, for causal models
     # CAP (LLaDA2, 2512.15745): of the entropy where the best token is right already, a learnt one.
     confidence_weight: float = 0.0
+    # MGDM's weight of a token (2410.14157, after the focal loss of 1708.02002), and an option of
+    # Dream's training (2508.15487): each cost times (1 - p)^focus, p the probability of the clean token, so
+    # that what is known already counts little. Theirs is 1 or 2, beside a constant factor.
+    focus: float = 0.0
     # Share of rows whose noisy text is read twice, the second time beside what the first expected
     # (Analog Bits, 2208.04202), for models that can be told; the first read has no gradient.
     self_conditioning: float = 0.0
@@ -93,13 +97,15 @@ class Diffusion:
             raise ValueError(f"divide={self.divide!r} is none of tokens, rows, learnt")
         if self.complementary and not isinstance(self.noise, MaskNoise):
             raise ValueError("complementary=True is of masks: give a MaskNoise")
-        for name in ("ar_weight", "confidence_weight", "longest"):
+        for name in ("ar_weight", "confidence_weight", "focus", "longest"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if not 0 <= self.self_conditioning <= 1:
             raise ValueError(f"self_conditioning={self.self_conditioning} is a share of rows")
         if (self.self_conditioning or self.longest) and not self.noise.block_size:
             raise ValueError("self_conditioning and longest are of noise in blocks")
+        if self.focus and not self.noise.cross_entropy:
+            raise ValueError(f"focus={self.focus} weighs cross-entropies: give a MaskNoise")
         if self.predict_mask and (self.confidence_weight or not self.noise.cross_entropy):
             raise ValueError("predict_mask=True is of the cross-entropy alone")
         if self.ar_weight and not self.noise.block_size:
@@ -230,6 +236,10 @@ class Diffusion:
         # Where nothing is restored the nats may be anything.
         costs = jnp.where(learnt, noisy.weights * nats, 0.0)
         loss = diffusion = (costs.sum(axis=(1, 2)) * share).sum()
+        if self.focus:
+            known = jnp.where(learnt, jnp.exp(-nats), 0.0)
+            costs = costs * jnp.maximum(1 - known, 1e-6) ** self.focus
+            loss = (costs.sum(axis=(1, 2)) * share).sum()
         right = learnt & (best == targets)
         figures = {
             "diffusion": diffusion,
