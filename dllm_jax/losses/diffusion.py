@@ -80,8 +80,8 @@ class Diffusion:
     # CAP (LLaDA2, 2512.15745): of the entropy where the best token is right already, a learnt one.
     confidence_weight: float = 0.0
     # MGDM's weight of a token (2410.14157, after the focal loss of 1708.02002), and an option of
-    # Dream's training (2508.15487): each cost times (1 - p)^focus, p the probability of the clean token, so
-    # that what is known already counts little. Theirs is 1 or 2, beside a constant factor.
+    # Dream's training (2508.15487): each cost times (1 - p)^focus, p the probability of the clean
+    # token, so that what is known already counts little. Theirs is 1 or 2, and a constant factor.
     focus: float = 0.0
     # Share of rows whose noisy text is read twice, the second time beside what the first expected
     # (Analog Bits, 2208.04202), for models that can be told; the first read has no gradient.
