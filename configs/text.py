@@ -1,6 +1,6 @@
 """English prose (5.4 million characters) in five modes: bits a character at the same FLOPs.
 
-Each takes about ten minutes on one core; two run beside each other on two.
+Each takes about half an hour on one core; two run beside each other on two.
 
     dllm-jax train configs/text.py               # autoregressive
     dllm-jax train configs/text.py:block_4       # also :block_16, :masked, :tri
@@ -17,7 +17,7 @@ from dllm_jax.experiments import text_modes
 
 config, tri, block_4, block_16, masked = text_modes(
     CorpusData(folder=Path("runs/classics-characters"), length=256, kind="char", vocab_size=128),
-    run=Path("runs/text"), flops=2e13, layers=4, dim=64, heads=2, batch=4,
+    run=Path("runs/text"), flops=5e13, layers=4, dim=64, heads=2, batch=2,
 )  # fmt: skip
 bpe, bpe_tri, bpe_block_4, bpe_block_16, bpe_masked = text_modes(
     CorpusData(folder=Path("runs/classics-bpe"), length=256, vocab_size=4096),
