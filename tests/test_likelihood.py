@@ -13,7 +13,7 @@ from dllm_jax import recipes
 from dllm_jax.corruption import MaskNoise, MixedNoise, UniformNoise
 from dllm_jax.decode.generate import infill, pad
 from dllm_jax.likelihood import bound, is_greedy, log_likelihood, score_choices
-from dllm_jax.likelihood.bounds import _values
+from dllm_jax.likelihood.bounds import _levels, _stderr, _values
 from dllm_jax.nn.head import logits_of
 from dllm_jax.nn.transformer import forward
 from dllm_jax.policies import ConfidenceThreshold, Quota
@@ -478,6 +478,22 @@ def test_uniform_noise_in_blocks():
 
 
 # Laws of the estimate
+
+
+def test_an_error_leaves_out_what_strata_take_away():
+    """Of values that are their level, to a tenth: it is of that tenth, and the spread of levels."""
+    count, rows, noise = 32, 500, 0.1
+    keys = jax.random.split(jax.random.key(0), rows)
+    levels = partial(_levels, "stratified", keys, samples=count, blocks=1)
+    levels = np.stack([levels(jnp.full(rows, s))[:, 0] for s in range(count)])
+    np.testing.assert_array_equal(np.sort((levels * count).astype(int), axis=0)[:, 0], range(count))
+    values = levels + np.random.default_rng(0).normal(scale=noise, size=levels.shape)
+    squared = {
+        x: np.square(_stderr(jnp.asarray(values), x)).mean() for x in ("stratified", "independent")
+    }
+    error = values.mean(axis=0) - 0.5
+    assert 0.9 < squared["stratified"] / error.var() < 1.5
+    assert squared["independent"] / error.var() > 8
 
 
 PAIRS = {"canvas": CANVAS, "blocks": BLOCKS, "uniform": UNIFORM}

@@ -84,13 +84,23 @@ def bound(
         model, params, texts, _keys(key, len(start)), noise, start, blocks=blocks, times=times,
         samples=samples, chunk=min(chunk, samples),
     )  # fmt: skip
-    # The two of a pair depend on each other. Strata do not, and their values spread by no less than
-    # the mean of one a stratum does.
-    draws = values.reshape(-1, 2, values.shape[1]).mean(axis=1) if times == "antithetic" else values
-    stderr = jnp.full(values.shape[1], jnp.nan)
-    if len(draws) > 1:
-        stderr = draws.std(axis=0, ddof=1) / len(draws) ** 0.5
-    return Bound(values.mean(axis=0), stderr)
+    return Bound(values.mean(axis=0), _stderr(values, times))
+
+
+def _stderr(values: Float[Array, "S B"], times: str) -> Float[Array, "B"]:
+    """Of the mean over samples; squared it is on average not too small."""
+    if times == "antithetic":  # the two of a pair depend on each other
+        values = values.reshape(-1, 2, values.shape[1]).mean(axis=1)
+    count = len(values)
+    if count == 1:
+        return jnp.full(values.shape[1], jnp.nan)
+    if times == "stratified":
+        # Successive differences (Wolter, Introduction to Variance Estimation, chapter 8): those of
+        # samples next to each other (`_levels`), where the spread of all of them is mostly that of
+        # the strata's means, which the mean over all strata does not have.
+        steps = values - jnp.roll(values, 1, axis=0)
+        return jnp.sqrt((steps**2).sum(axis=0) / 2) / count
+    return values.std(axis=0, ddof=1) / count**0.5
 
 
 def _keys(key: Key, batch: int) -> Key:
@@ -198,7 +208,10 @@ def _levels(times: str, keys, sample, samples: int, blocks: int) -> Float[Array,
         level = uniform(keys, place, _TIME, sample // 2)
         return jnp.where(sample[:, None] % 2, 1 - level, level)
     level = uniform(keys, place, _TIME, sample)
-    if times == "stratified":  # blocks go through the strata from places of their own
+    if times == "stratified":
+        # Blocks go round a circle of strata from places of their own, up the even ones and down the
+        # odd ones, so that samples next to each other are everywhere of levels near each other.
         turn = (uniform(keys, place, _TURN) * samples).astype(jnp.int32)
-        return ((sample[:, None] + turn) % samples + level) / samples
+        at = (sample[:, None] + turn) % samples
+        return (jnp.where(2 * at < samples, 2 * at, 2 * (samples - at) - 1) + level) / samples
     return level

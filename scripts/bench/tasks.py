@@ -89,7 +89,7 @@ def asked(
     own.setdefault("ways", {})
     if not isinstance(config.data, pretraining.TaskData):
         if "bits" not in own:
-            bits = experiments.Bits(data=config.data, rows=options.sweep, samples=32)
+            bits = experiments.Bits(data=config.data, rows=options.sweep, samples=64)
             own["bits"] = dict(bits(model, params, config.fit.steps))
             print(run, own["bits"], flush=True)
             yield
