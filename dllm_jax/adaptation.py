@@ -77,7 +77,7 @@ class Adapt:
     dtype: str = "float32"
     """Of activations: bfloat16 on an accelerator."""
     param_dtype: str | None = None
-    """Of weights. None: float32 where all are trained, else as they are stored."""
+    """Of weights. None: float32 of those that are trained, the others as they are stored."""
     seed: int = 0
     """Of the order of the data, the noise, and a fresh adapter."""
     save_every: int = 50
@@ -148,6 +148,8 @@ def adapt(config: Adapt) -> None:
     if config.adapter is not None and config.init is None:
         params = {**params, "adapter": _fresh(settings, params, config, mesh)}
     names = tuple(params) if config.adapter is None else ("adapter",)
+    if config.param_dtype is None:
+        params = pretraining.masters(params, names)
     data = (
         config.data if not isinstance(config.data, Path) else ConversationData(folder=config.data)
     )
@@ -171,7 +173,7 @@ def adapt(config: Adapt) -> None:
         published_config(dataclasses.replace(made, adapter=None))  # refuses what it cannot say
     state, model = training.fit_phases(
         config.run, _fit(config), config.phases, model, params, state, objective, tx, source,
-        heldout, evaluations=config.evaluations, about=about,
+        heldout, evaluations=pretraining.asked_of(config.evaluations, data), about=about,
     )  # fmt: skip
     step = int(state.step)
     gated = settings.adapter is not None and settings.adapter.gated

@@ -8,12 +8,15 @@ What a row computes differs (a dual stream reads it twice), so the ways differ i
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from tyro.conf import Fixed
 
 from dllm_jax import distributed, recipes, training
 from dllm_jax.corruption import MaskedBlocks, MaskNoise
@@ -22,6 +25,7 @@ from dllm_jax.likelihood import bound, log_likelihood
 from dllm_jax.losses import Autoregressive, Diffusion, DualStream
 from dllm_jax.nn.transformer import TransformerConfig
 from dllm_jax.pretraining import Data, Evaluation, TaskAccuracy, TaskData, Train
+from dllm_jax.recipes import Recipe
 from dllm_jax.tasks import Task
 from dllm_jax.training.loop import Found
 from dllm_jax.training.throughput import step_flops
@@ -107,7 +111,7 @@ def modes(
     ) -> Train:
         config = dataclasses.replace(backbone, **changes)
         data = TaskData(task=own, rows=ROWS, filled=config.attention == "bidirectional")
-        asked = {way: TaskAccuracy(task=own, recipe=recipe) for way, recipe in ways.items()}
+        asked = {way: TaskAccuracy(recipe=recipe) for way, recipe in ways.items()}
         made = budget.run(name, data, config, objective, own.length, asked)
         return dataclasses.replace(made, recipe=next(iter(ways.values())))
 
@@ -183,7 +187,7 @@ def text_modes(
 
     def made(name: str, objective: Any, **changes: Any) -> Train:
         config = dataclasses.replace(backbone, **changes)
-        asked = {"bits": Bits(data=data)}
+        asked = {"bits": Bits()}
         return budget.run(name, data, config, objective, length, asked)
 
     def in_blocks(size: int) -> Train:
@@ -209,27 +213,38 @@ def text_modes(
 class Bits:
     """Bits a character of held-out rows, as a `pretraining.Evaluation`.
 
-    Each row given its prompt, or its first token: exactly for a causal model, else the bound
-    (`likelihood.bound`). Characters are counted by the mean of the held-out store,
-    `characters_per_token`.
+    Each row given its prompt, or its first token. Characters are counted by the mean of the
+    held-out store, `characters_per_token`.
     """
 
-    data: Any
-    """A `CorpusData` or `StoreData`."""
+    data: Fixed[Any] = None
+    """A `CorpusData` or `StoreData`; None: the run's own."""
     rows: int = 32
     """From the start of the held-out ones; those that have nothing to learn are left out."""
     samples: int = 16
     """Draws of noise a row."""
     batch: int = 16
     seed: int = 0
+    recipe: Fixed[Recipe | None] = None
+    """Exactly, of texts that this recipe writes (`likelihood.log_likelihood`). None: exactly token
+    after token for a causal model, else the bound (`likelihood.bound`)."""
+
+    def of(self, data: Any) -> "Bits":
+        """With a run's data, where it has none of its own."""
+        return self if self.data is not None else dataclasses.replace(self, data=data)
 
     def __call__(self, model: Any, params: Params, step: int) -> Found:
         """`per_character`, its `stderr` (of the draws of noise), and the number of `characters`.
 
+        Where they are exact, also the `passes` that writing a row takes, and the `overhead`:
+        entries processed in them for a token.
+
         Raises:
           ValueError: rows have given tokens behind a prompt, or several documents, or nothing to
-            learn.
+            learn; or there is no data.
         """
+        if self.data is None:
+            raise ValueError("bits need data: give some, or ask of(data)")
         source, store = self.data.source("heldout"), self.data.store("heldout")
         rows = [source[i] for i in range(min(self.rows, len(source)))]
         if any(row.given is not None or row.segments is not None for row in rows):
@@ -241,46 +256,31 @@ class Bits:
         pairs = [(ids[:cut], ids[cut:]) for ids, cut in cuts if cut < len(ids)]
         if not pairs:
             raise ValueError(f"none of the first {len(rows)} held-out rows has anything to learn")
-        nats, spread = bits_of(
-            model, params, pairs, samples=self.samples, batch=self.batch, seed=self.seed
-        )
-        characters = sum(len(rest) for _, rest in pairs) * store.characters_per_token
-        scale = 1 / math.log(2) / characters
-        return {
-            "per_character": float(nats.sum() * scale),
+        recipe = self.recipe
+        if (model.config.attention, model.config.alignment) == ("causal", "shifted"):
+            recipe = recipe or recipes.ar()
+        found, key = [], jax.random.key(self.seed)
+        for first in range(0, len(pairs), self.batch):
+            given, rest = zip(*pairs[first : first + self.batch], strict=True)
+            if recipe is not None:
+                own = log_likelihood(model, params, given, rest, recipe=recipe)
+                each = own.total, jnp.zeros(len(rest)), own.nfe, own.queries
+            else:
+                rows = np.arange(first, first + len(rest))
+                keys = jax.vmap(partial(jax.random.fold_in, key))(rows)
+                each = bound(model, params, given, rest, key=keys, samples=self.samples)
+            found.append([x.astype(np.float64) for x in distributed.fetched(tuple(each))])
+        nats, spread, *cost = (np.concatenate(each) for each in zip(*found, strict=True))
+        count = sum(len(rest) for _, rest in pairs)
+        scale = 1 / math.log(2) / (count * store.characters_per_token)
+        told = {
+            "per_character": float(-nats.sum() * scale),
             "stderr": float(np.sqrt((spread**2).sum()) * scale),
-            "characters": characters,
+            "characters": count * store.characters_per_token,
         }
-
-
-def bits_of(
-    model: Any,
-    params: Params,
-    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
-    *,
-    samples: int,
-    batch: int,
-    seed: int = 0,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Nats of R texts of ids, each with what it is given: float64[R], and their standard errors.
-
-    Exact, with errors of 0, of what a causal model writes token after token; else upper bounds.
-    """
-    nats, errors, key = [], [], jax.random.key(seed)
-    for first in range(0, len(pairs), batch):
-        given, rest = zip(*pairs[first : first + batch], strict=True)
-        if model.config.attention == "causal" and model.config.alignment == "shifted":
-            found = log_likelihood(model, params, given, rest, recipe=recipes.ar()).total
-            spread = np.zeros(len(rest))
-        else:
-            keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(
-                np.arange(first, first + len(rest))
-            )
-            found, spread = bound(model, params, given, rest, key=keys, samples=samples)
-        found, spread = distributed.fetched((found, spread))
-        nats.append(-found.astype(np.float64))
-        errors.append(spread.astype(np.float64))
-    return np.concatenate(nats), np.concatenate(errors)
+        if cost:
+            told |= {"passes": float(cost[0].mean()), "overhead": float(cost[1].sum() / count)}
+        return told
 
 
 def _masked(size: int) -> Diffusion:

@@ -10,7 +10,7 @@ A config is a file in `configs/` too, which `dllm-jax train` takes, every field 
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -31,7 +31,7 @@ from dllm_jax.nn.transformer import TransformerConfig
 from dllm_jax.nn.tree import Config, param_axes, param_shapes
 from dllm_jax.recipes import Recipe
 from dllm_jax.sharding import shardings
-from dllm_jax.tasks import Examples, solve
+from dllm_jax.tasks import Examples, Task, solve
 from dllm_jax.tokenizer import Tokenizer
 from dllm_jax.training.feed import mesh_for
 from dllm_jax.training.loop import Found
@@ -53,7 +53,10 @@ class Data(Protocol):
 
 @runtime_checkable
 class Evaluation(Protocol):
-    """What is asked of a model every so many steps: a frozen dataclass."""
+    """What is asked of a model every so many steps: a frozen dataclass.
+
+    One with `of(data)` is asked as that says, given the data of the run.
+    """
 
     def __call__(self, model: Any, params: Params, step: int) -> Found:
         """Figures for the metrics, and strings for the samples."""
@@ -97,10 +100,10 @@ class TaskData:
 class TaskAccuracy:
     """How many held-out questions of a task a model answers, and in how many passes."""
 
-    task: Any
-    """A `tasks.Task`."""
     recipe: Fixed[Recipe]
     """How it is decoded."""
+    task: Fixed[Task | None] = None
+    """None: that of the run's data."""
     count: int = 128
     """Questions."""
     show: int = 1
@@ -108,8 +111,18 @@ class TaskAccuracy:
     split: str = "heldout"
     seed: int = 0
 
+    def of(self, data: Any) -> "TaskAccuracy":
+        """With the task of a run's data, where it has none of its own."""
+        if self.task is not None:
+            return self
+        if (task := getattr(data, "task", None)) is None:
+            raise ValueError(f"an accuracy needs a task: {type(data).__name__} has none")
+        return dataclasses.replace(self, task=task)
+
     def __call__(self, model: Any, params: Params, step: int) -> Found:
         """As `Evaluation`."""
+        if self.task is None:
+            raise ValueError("an accuracy needs a task: give one, or ask of(data)")
         found = solve(
             model, params, self.task, recipe=self.recipe, count=self.count, split=self.split,
             seed=self.seed, key=jax.random.key(self.seed),
@@ -179,8 +192,8 @@ class Train:
     dtype: str | None = None
     """Of activations: bfloat16 on an accelerator. None: as the model says, float32 by default."""
     param_dtype: str | None = None
-    """Of weights, their gradients and moments. None: as the model says; of a stored one float32
-    where all of it is trained, else as it is stored."""
+    """Of weights, their gradients and moments. None: as the model says; of a stored one float32 for
+    what is trained, else as it is stored."""
     remat: str | None = None
     """What the backward pass computes again: none, dots, dots_no_batch, full, offload, or auto:
     none, but on CPUs dots_no_batch, which is faster there. None: as the model says, or auto."""
@@ -214,7 +227,10 @@ def train(config: Train) -> tuple[Any, Params]:
     count = sum(x.size for x in jax.tree.leaves(params))
     say(f"{count:,} parameters, {len(source):,} rows; {used} x {jax.devices()[0].device_kind}")
     tx = config.optimiser.build(fit.steps, model.config)
-    state = training.create(params, config.names or tuple(params), tx)
+    names = config.names or tuple(params)
+    if isinstance(config.model, str) and config.param_dtype is None:
+        params = masters(params, names)
+    state = training.create(params, names, tx)
     params = {name: own for name, own in params.items() if name not in state.trainable}
     about = {
         "data": config.data, "objective": config.objective,
@@ -222,9 +238,10 @@ def train(config: Train) -> tuple[Any, Params]:
     }  # fmt: skip
     state, model = training.fit_phases(
         config.run, fit, config.phases, model, params, state, config.objective, tx, source, heldout,
-        evaluations=config.evaluations, about=about,
+        evaluations=asked_of(config.evaluations, config.data), about=about,
     )  # fmt: skip
     params, step = {**params, **training.trained(state)}, int(state.step)
+    params = jax.tree.map(lambda x, own: x.astype(own.dtype), params, param_shapes(model.config))
     folder = config.export or (config.run / "model" if step == fit.steps else None)
     if folder is None:
         say(f"step {step} of {fit.steps}, saved; the same command continues")
@@ -261,7 +278,7 @@ def start(
     """
     if isinstance(model, str):
         if param_dtype is None and whole:
-            param_dtype = "float32"  # small steps are lost on weights of bfloat16
+            param_dtype = "float32"  # as `masters`, in one step
         return load(model, dtype=param_dtype, mesh=mesh, **options)
     config: Any = model
     if param_dtype is not None:
@@ -278,6 +295,17 @@ def start(
     if mesh is None:  # on a device of their own, as `load` gives them
         params = jax.device_put(params, jax.devices()[0])
     return module, params
+
+
+def masters(params: Params, names: Collection[str]) -> Params:
+    """The parameters, those named in float32: small steps are lost on weights of bfloat16."""
+    wide = lambda own: jax.tree.map(lambda x: x.astype(jnp.float32), own)  # noqa: E731
+    return {name: wide(own) if name in names else own for name, own in params.items()}
+
+
+def asked_of(evaluations: Mapping[str, Evaluation], data: Data) -> dict[str, Evaluation]:
+    """The evaluations of a run with such data."""
+    return {k: x.of(data) if hasattr(x, "of") else x for k, x in evaluations.items()}
 
 
 def sources(data: Data) -> tuple[Source, Source | None]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dllm_jax import recipes, tasks, training
+from dllm_jax import generate, recipes, tasks, training
 from dllm_jax.data import CorpusData, Row
 from dllm_jax.experiments import Bits, modes, text_modes
 from dllm_jax.likelihood import bound, log_likelihood
@@ -78,6 +78,8 @@ def test_bits_are_exact_for_a_causal_model():
     assert found["characters"] == 3 * 15 * 2
     np.testing.assert_allclose(found["per_character"], nats / math.log(2) / 90, rtol=1e-5)
     assert found["stderr"] == 0
+    assert found["passes"] == 15
+    assert found["overhead"] == pytest.approx(14 / 15)  # the first comes with the prompt
 
 
 def test_bits_are_a_bound_for_a_diffusion_model():
@@ -94,6 +96,30 @@ def test_bits_are_a_bound_for_a_diffusion_model():
     nats = -float(np.asarray(below.mean).sum())
     np.testing.assert_allclose(found["per_character"], nats / math.log(2) / 90, rtol=1e-5)
     assert 0 < found["stderr"] < found["per_character"]
+
+
+def test_bits_by_a_recipe_are_those_of_its_texts():
+    model, params = tiny(
+        adapter=False, mask_id=2, attention="block_causal", block_size=4,
+        alignment="same_position",
+    )  # fmt: skip
+    recipe = recipes.sdar(block_size=4, order="static", steps_per_block=2)
+    found = Bits(data=Pairs(), batch=2, recipe=recipe)(model, params, 0)
+    rows = [row.tokens.tolist() for row in Pairs().source("heldout")]
+    own = log_likelihood(
+        model, params, [row[:1] for row in rows], [row[1:] for row in rows], recipe=recipe
+    )
+    nats = -float(np.asarray(own.total).sum())
+    np.testing.assert_allclose(found["per_character"], nats / math.log(2) / 90, rtol=1e-5)
+    # As many as decoding takes.
+    decoded = generate(
+        model, params, [row[:1] for row in rows], max_new_tokens=15,
+        recipe=dataclasses.replace(recipe, ending="never"),
+    )  # fmt: skip
+    np.testing.assert_array_equal(own.nfe, decoded.nfe)
+    np.testing.assert_array_equal(own.queries, decoded.queries)
+    assert (found["passes"], found["stderr"]) == (float(np.mean(decoded.nfe)), 0)
+    assert found["overhead"] == pytest.approx(np.sum(decoded.queries) / 45)
 
 
 def test_bits_of_answers_are_behind_their_prompts():

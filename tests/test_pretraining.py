@@ -4,9 +4,11 @@ import dataclasses
 import itertools
 import json
 import signal
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +24,7 @@ from dllm_jax.generation_config import load_recipe
 from dllm_jax.losses import Autoregressive, Diffusion
 from dllm_jax.nn.adapters import AdapterConfig
 from dllm_jax.nn.transformer import Transformer, forward
+from dllm_jax.tasks import Addition
 from dllm_jax.testing import tiny
 from dllm_jax.training import phases, records
 from dllm_jax.training.feed import mesh_for
@@ -326,7 +329,7 @@ def test_a_run_begins_with_the_whole_text_and_ends_in_blocks(tmp_path):
 def test_documents_end_within_no_block_of_any_phase(tmp_path):
     tokenise(["some text"] * 40, test_cli.byte_tokenizer(), tmp_path / "store")
     config = dataclasses.replace(
-        toy_config.config, run=tmp_path / "run", recipe=None,
+        toy_config.config, run=tmp_path / "run", recipe=None, evaluations={},
         data=StoreData(folder=tmp_path / "store", length=18, documents=True),
         model=tiny(adapter=False, attention="block_causal", block_size=2)[0].config,
         objective=Diffusion(noise=MaskNoise(block_size=2)), phases=(phase(2, 2), phase(3, 4)),
@@ -393,21 +396,50 @@ def test_a_model_keeps_its_own_settings_where_a_run_has_none(monkeypatch):
         assert state.trainable["embed"].dtype == jnp.bfloat16
 
 
-def test_stored_weights_that_are_all_trained_are_float32(tmp_path, monkeypatch):
-    kinds = []
-    monkeypatch.setattr(
-        phases, "fit", lambda *rest, **_: kinds.append(rest[4].trainable["embed"].dtype) or 1 / 0
-    )
+def test_what_is_trained_of_stored_weights_is_float32(tmp_path, monkeypatch):
     model, params = tiny(adapter=False, num_layers=1)
+    model = dataclasses.replace(model.config, param_dtype="bfloat16").build()
     small = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     checkpoint.save(tmp_path / "small", model, small)
-    run = dataclasses.replace(toy_config.config, model=str(tmp_path / "small"))
-    own = dataclasses.replace(run, param_dtype="bfloat16")
-    part = dataclasses.replace(run, names=("embed",))
-    for config in (run, own, part, adapt_to(tmp_path / "small", tmp_path / "run", adapter=None)):
+    run = dataclasses.replace(
+        toy_config.config, model=str(tmp_path / "small"), run=tmp_path / "part", names=("embed",),
+        evaluations={},
+    )  # fmt: skip
+    part, made = pretraining.train(run)
+    assert {x.dtype for x in jax.tree.leaves(made)} == {jnp.dtype("bfloat16")}
+    found, loaded = checkpoint.load(tmp_path / "part" / "model")
+    assert found.config.param_dtype == part.config.param_dtype == "bfloat16"
+    assert not np.array_equal(loaded["embed"], small["embed"])
+    chex.assert_trees_all_equal(loaded["layers"], small["layers"])
+
+    kinds = []
+
+    def fit(*rest, **_):
+        kinds.append([{x.dtype.name for x in jax.tree.leaves(own)} for own in rest[3:5]])
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(phases, "fit", fit)
+    to = partial(adapt_to, tmp_path / "small", tmp_path / "run")
+    lora = AdapterConfig(rank=2, gated=False)
+    for config in (
+        run, dataclasses.replace(run, names=()), dataclasses.replace(run, param_dtype="bfloat16"),
+        to(adapter=None), to(adapter=lora), to(adapter=lora, param_dtype="bfloat16"),
+    ):  # fmt: skip
         with pytest.raises(ZeroDivisionError):
             (adaptation.adapt if isinstance(config, Adapt) else pretraining.train)(config)
-    assert kinds == [jnp.float32, jnp.bfloat16, jnp.bfloat16, jnp.float32]
+    part, whole, own = [{"bfloat16"}, "float32"], [set(), "float32"], [{"bfloat16"}, "bfloat16"]
+    for found, (held, kind) in zip(kinds, (part, whole, own, whole, part, own), strict=True):
+        assert found[0] == held
+        assert found[1] - {"int32"} == {kind}  # steps are counted
+
+
+def test_an_accuracy_is_of_the_data_of_its_run():
+    more = dataclasses.replace(toy_config.config.data, task=Addition(digits=3))
+    (asked,) = pretraining.asked_of(toy_config.config.evaluations, more).values()
+    assert asked.task == Addition(digits=3)
+    assert asked.of(toy_config.config.data) is asked  # it has one of its own by now
+    with pytest.raises(ValueError, match="an accuracy needs a task: Counting has none"):
+        pretraining.asked_of(toy_config.config.evaluations, Counting())
 
 
 def test_a_run_may_hold_nothing_out(capsys):

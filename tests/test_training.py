@@ -26,6 +26,7 @@ from dllm_jax.nn.adapters import AdapterConfig
 from dllm_jax.nn.transformer import Transformer
 from dllm_jax.nn.tree import param_shapes
 from dllm_jax.pretraining import ConversationData
+from dllm_jax.tasks import Addition, Examples
 from dllm_jax.testing import tiny
 from dllm_jax.training import loop, records, step
 from dllm_jax.training.feed import what_is_cut
@@ -292,6 +293,10 @@ def test_a_store_knows_what_is_cut_without_a_row(tmp_path, monkeypatch):
     told = f"length=19 cuts {full} of {len(packed)} rows; nothing to learn is left in 0"
     assert what_is_cut(packed, 19) == told
     assert what_is_cut([], 3) == ""  # nobody knows
+    task = Addition(digits=3)
+    assert what_is_cut(Examples(task, "train", 5), task.length) == ""
+    with pytest.raises(ValueError, match=rf"length=12 cuts rows .* up to {task.length} tokens"):
+        what_is_cut(Examples(task, "train", 5), 12)
 
     class Own(list):  # anybody's, without prompts
         sizes = np.array([3, 5, 9])

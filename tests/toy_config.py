@@ -24,7 +24,7 @@ config = Train(
     objective=Autoregressive(),
     optimiser=Optimiser(learning_rate=1e-2, warmup=0),
     fit=Fit(steps=3, batch=8, length=TASK.length, evaluate_every=2, peak_flops=1e10),
-    evaluations={"addition": TaskAccuracy(task=TASK, recipe=recipes.ar(), count=4)},
+    evaluations={"addition": TaskAccuracy(recipe=recipes.ar(), count=4)},
     recipe=recipes.ar(),
 )  # fmt: skip
 

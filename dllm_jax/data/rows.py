@@ -22,7 +22,8 @@ class Source(Protocol):
 
     Of one source either all rows have `given` (or `segments`), or none has. One that knows the
     tokens of each row without reading it may tell them, `sizes` (int64[N]), and its `prompts`
-    (int64[N]; 0 without them): a run then says at its start what its length cuts.
+    (int64[N]; 0 without them): a run then says at its start what its length cuts. One whose rows
+    must not be cut tells the tokens of its `longest`.
     """
 
     def __len__(self) -> int: ...

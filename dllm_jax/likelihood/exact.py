@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from dllm_jax.decode.generate import infill, run
 from dllm_jax.decode.prompt import checked, edge
@@ -31,6 +31,9 @@ class Likelihood(NamedTuple):
 
     total: jax.Array  # float32[B]: nats
     logprobs: jax.Array  # float32[B, N]: of each answer token; 0 behind the last
+    # Of writing it by the recipe, as in `decode.Result`; of a recipe that drafts, those of `ar`.
+    nfe: jax.Array  # int32[B]
+    queries: jax.Array  # int32[B]
 
 
 @in_scope
@@ -64,9 +67,11 @@ def log_likelihood(
     if isinstance(recipe, Verified):
         _check_causal(model.config, texts)
         logprobs = _causal(model, params, texts)
+        nfe = jnp.asarray(texts.there).sum(axis=1)
+        queries = nfe - 1
     else:
-        logprobs = _forced(model, params, texts, recipe)
-    return Likelihood(logprobs.sum(axis=1), logprobs)
+        logprobs, nfe, queries = _forced(model, params, texts, recipe)
+    return Likelihood(logprobs.sum(axis=1), logprobs, nfe, queries)
 
 
 def check_deterministic(recipe: Recipe) -> None:
@@ -164,8 +169,10 @@ def _before_answers(model, params, texts: Texts) -> Float[Array, "B N D"]:
     return jnp.take_along_axis(out.hidden, before[..., None], axis=1)
 
 
-def _forced(model, params, texts: Texts, recipe: Denoise) -> Float[Array, "B N"]:
-    """Log-probabilities of the answers' tokens in the passes that write them."""
+def _forced(
+    model, params, texts: Texts, recipe: Denoise
+) -> tuple[Float[Array, "B N"], Int[Array, "B"], Int[Array, "B"]]:
+    """Log-probabilities of the answers' tokens in the passes that write them; what those are."""
     config = model.config
     recipe = dataclasses.replace(recipe, ending="never", predict_mask=False)
     job = edge(model, checked(texts.open(), config, infilling=True), recipe, None, None)
@@ -176,4 +183,5 @@ def _forced(model, params, texts: Texts, recipe: Denoise) -> Float[Array, "B N"]
     room = ((0, 0), (0, recipe.width.size if exact else 0))
     forced = jnp.pad(forced, room, constant_values=config.mask_id)
     state = run(model, params, job, forced)
-    return jnp.where(texts.there, _picked(texts, state.logprobs), 0.0)
+    logprobs = jnp.where(texts.there, _picked(texts, state.logprobs), 0.0)
+    return logprobs, state.nfe, state.queries

@@ -138,6 +138,7 @@ class Examples:
             raise ValueError(f"count={count} must be at least 1")
         self.task, self.split, self.count, self.seed = task, split, count, seed
         self.filled = filled and task.layout == "prompt"
+        self.longest = task.length
 
     def __len__(self) -> int:
         return self.count

@@ -70,11 +70,15 @@ def what_is_cut(source: Source, length: int) -> str:
     """In words, the rows that `length` cuts and those with nothing to learn; "" of none.
 
     Of a source that tells its `sizes`, and `prompts` where it has some (`data.Source`); of others
-    "" too, for no row is read for it.
+    "" too, for no row is read for it. One that tells its `longest` row is not to be cut.
 
     Raises:
-      ValueError: no row has anything to learn.
+      ValueError: no row has anything to learn; or rows would be cut that are not to be.
     """
+    if (longest := getattr(source, "longest", 0)) > length:
+        raise ValueError(
+            f"length={length} cuts rows of {source}, which have up to {longest} tokens"
+        )
     sizes = getattr(source, "sizes", None)
     if sizes is None:
         return ""
