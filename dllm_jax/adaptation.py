@@ -28,6 +28,7 @@ from dllm_jax.pretraining import ConversationData, Data, Evaluation
 from dllm_jax.recipes import Recipe
 from dllm_jax.sharding import shardings
 from dllm_jax.training.feed import gathered, mesh_for
+from dllm_jax.training.identity import described
 from dllm_jax.training.phases import block_size_of, listed, of_size
 from dllm_jax.typing import Params
 
@@ -168,12 +169,13 @@ def adapt(config: Adapt) -> None:
     }  # fmt: skip
     model, objective = built(settings, config)
     if config.family is not None:
-        last = listed(config.phases, config.steps)[-1][1]
+        last = listed(config.phases, config.steps)[-1].block_size
         made = of_size(model, objective, last)[0].config
         published_config(dataclasses.replace(made, adapter=None))  # refuses what it cannot say
     state, model = training.fit_phases(
         config.run, _fit(config), config.phases, model, params, state, objective, tx, source,
         heldout, evaluations=pretraining.asked_of(config.evaluations, data), about=about,
+        settings={"architecture": settings, "optimiser": config.optimiser},
     )  # fmt: skip
     step = int(state.step)
     gated = settings.adapter is not None and settings.adapter.gated
@@ -198,13 +200,19 @@ def adapt(config: Adapt) -> None:
         say(f"step {step}: the adapter is in {folder}")
 
 
-def adapted(base: TransformerConfig, config: Adapt) -> TransformerConfig:
+def adapted(base: Any, config: Adapt) -> TransformerConfig:
     """The config of the model that a run makes of a base.
 
     Raises:
-      ValueError: a mask token is needed and not named, or it is outside the vocabulary; or the base
-        is to become something else, and the adapter, fresh or that of `init`, is gated.
+      ValueError: the base is no `Transformer`; a mask token is needed and not named, or it is
+        outside the vocabulary; or the base is to become something else, and the adapter, fresh or
+        that of `init`, is gated.
     """
+    if not isinstance(base, TransformerConfig):
+        raise ValueError(
+            f"{config.model} is a {type(base).__name__}: a Transformer is adapted; train others on"
+            " with pretraining.Train(model=...)"
+        )
     adapter = config.adapter if config.init is None else base.adapter
     if adapter is not None and adapter.gated:
         for name in ("family", "attention", "alignment"):
@@ -279,20 +287,24 @@ def _fit(config: Adapt) -> training.Fit:
 
 def _meta(config: Adapt, step: int, rows: int, answers: int | None) -> dict[str, Any]:
     """How an adapter was made, with that from which it began."""
-    before = {"steps": 0, "noisy_tokens_seen": 0}
+    before: dict[str, Any] = {"steps": 0, "noisy_tokens_seen": 0}
     if config.init is not None:
         before = json.loads((config.init / "adapter.json").read_text())["meta"]
-    seen, begun = before["noisy_tokens_seen"], 0
+    seen, begun = before.get("noisy_tokens_seen"), 0
+    if config.objective is not None:  # of another noise: nobody counts
+        seen = None
     blocks = block_size_of(config.objective or DualStream(noise=config.noise))
-    for until, size in listed(config.phases, config.steps):
+    for until, size, _ in listed(config.phases, config.steps):
         if size is not None and begun < max(step, 1):
             blocks = size
         tokens = config.noise.blocks * (size or config.noise.block_size) * config.batch
-        seen, begun = seen + max(min(until, step) - begun, 0) * tokens, until
+        if seen is not None:
+            seen += max(min(until, step) - begun, 0) * tokens
+        begun = until
     return {
         "base": config.model,
-        "steps": before["steps"] + step,
-        "noisy_tokens_seen": seen if config.objective is None else None,
+        "steps": before.get("steps", 0) + step,
+        "noisy_tokens_seen": seen,
         "init": before if config.init else None,
         "conversations": rows,
         "answer_tokens": answers,
@@ -304,8 +316,8 @@ def _meta(config: Adapt, step: int, rows: int, answers: int | None) -> dict[str,
 
 def _plain(config: Adapt) -> dict[str, Any]:
     """The run's settings without its folders, for the record in the adapter."""
-    fields = dataclasses.asdict(
-        dataclasses.replace(config, data=Path(), recipe=None, evaluations={})
-    )
+    plain = dataclasses.replace(config, data=Path(), recipe=None, evaluations={}, objective=None)
     left_out = ("evaluations", "data", "run", "export", "init", "minutes", "checkpoints", "recipe")
-    return {k: v for k, v in fields.items() if k not in left_out}
+    fields = {k: v for k, v in dataclasses.asdict(plain).items() if k not in left_out}
+    objective = None if config.objective is None else described(config.objective)
+    return {**fields, "objective": objective}

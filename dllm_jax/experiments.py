@@ -220,7 +220,8 @@ class Bits:
     data: Fixed[Any] = None
     """A `CorpusData` or `StoreData`; None: the run's own."""
     rows: int = 32
-    """From the start of the held-out ones; those that have nothing to learn are left out."""
+    """From the start of the held-out ones, as far as the model reads; those that have nothing to
+    learn are left out."""
     samples: int = 16
     """Draws of noise a row."""
     batch: int = 16
@@ -252,7 +253,8 @@ class Bits:
                 "bits are of one text a row, behind its prompt: these have other given tokens, or"
                 " several documents"
             )
-        cuts = [(row.tokens.tolist(), max(row.prompt, 1)) for row in rows]
+        most = model.config.max_length
+        cuts = [(row.tokens[:most].tolist(), max(row.prompt, 1)) for row in rows]
         pairs = [(ids[:cut], ids[cut:]) for ids, cut in cuts if cut < len(ids)]
         if not pairs:
             raise ValueError(f"none of the first {len(rows)} held-out rows has anything to learn")

@@ -239,6 +239,7 @@ def train(config: Train) -> tuple[Any, Params]:
     state, model = training.fit_phases(
         config.run, fit, config.phases, model, params, state, config.objective, tx, source, heldout,
         evaluations=asked_of(config.evaluations, config.data), about=about,
+        settings=settings_of(config),
     )  # fmt: skip
     params, step = {**params, **training.trained(state)}, int(state.step)
     params = jax.tree.map(lambda x, own: x.astype(own.dtype), params, param_shapes(model.config))
@@ -301,6 +302,11 @@ def masters(params: Params, names: Collection[str]) -> Params:
     """The parameters, those named in float32: small steps are lost on weights of bfloat16."""
     wide = lambda own: jax.tree.map(lambda x: x.astype(jnp.float32), own)  # noqa: E731
     return {name: wide(own) if name in names else own for name, own in params.items()}
+
+
+def settings_of(config: Train) -> dict[str, Any]:
+    """What else a run is of, for its settings.json."""
+    return {"architecture": config.model, "optimiser": config.optimiser, "names": config.names}
 
 
 def asked_of(evaluations: Mapping[str, Evaluation], data: Data) -> dict[str, Evaluation]:

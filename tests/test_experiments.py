@@ -98,6 +98,13 @@ def test_bits_are_a_bound_for_a_diffusion_model():
     assert 0 < found["stderr"] < found["per_character"]
 
 
+def test_bits_are_of_as_much_as_a_model_reads():
+    """Of rows of 16 tokens the first 12; the second's prompt leaves nothing."""
+    model, params = tiny(adapter=False, mask_id=None, max_length=12)
+    data = Pairs(told=({"prompt": 5}, {"prompt": 13}, {}))
+    assert Bits(data=data)(model, params, 0)["characters"] == (7 + 11) * 2
+
+
 def test_bits_by_a_recipe_are_those_of_its_texts():
     model, params = tiny(
         adapter=False, mask_id=2, attention="block_causal", block_size=4,

@@ -582,6 +582,18 @@ def test_the_interval_of_least_variance_is_found():
         )
 
 
+def test_complements_of_the_bound_are_tuned_about_a_half():
+    model, params = model_of("block_causal")
+    noise = MaskNoise(block_size=T, counts="independent", beta=0.2, omega=0.8)
+    objective = Diffusion(noise=noise, complementary=True)
+    tune = partial(least_variance, model, params, [BATCH] * 2, key=jax.random.key(0))
+    found, variances = tune(objective=objective)
+    assert found.complementary
+    assert list(variances) == [(0.2, 0.8), (0.1, 0.9), (0.0, 1.0)]
+    with pytest.raises(ValueError, match="no interval to try"):
+        tune(objective=objective, intervals=((0.3, 0.8),))
+
+
 def test_bad_settings_are_told_so():
     for wrong, said in (
         (dict(divide="batch"), "divide"),

@@ -23,6 +23,7 @@ from dllm_jax.data import Row, StoreData, tokenise
 from dllm_jax.generation_config import load_recipe
 from dllm_jax.losses import Autoregressive, Diffusion
 from dllm_jax.nn.adapters import AdapterConfig
+from dllm_jax.nn.dit import DiTConfig
 from dllm_jax.nn.transformer import Transformer, forward
 from dllm_jax.tasks import Addition
 from dllm_jax.testing import tiny
@@ -76,6 +77,12 @@ def test_a_command_trains_evaluates_and_writes_a_model(trained):
     model, params = checkpoint.load(trained / "model")
     assert model.config.dim == 24
     assert load_recipe(trained / "model") == toy_config.config.recipe
+    told = json.loads((trained / "settings.json").read_text())
+    assert (told["steps"], told["batch"], told["rows"], told["objective"]) == (
+        3, 8, 40, "Autoregressive()",
+    )  # fmt: skip
+    assert "dim=24" in told["architecture"]
+    assert told["optimiser"] == "Optimiser(learning_rate=0.02, warmup=0)"
     _, mean = training.restore(trained, ("embed",), ema=True)  # what is written is the average
     np.testing.assert_array_equal(params["embed"], mean["embed"])
 
@@ -290,7 +297,8 @@ def test_block_sizes_follow_each_other_and_interruptions_leave_no_trace(
 
 
 def test_a_phase_is_its_own_model_and_objective():
-    assert phases.listed((phase(1, 1), phase(3, 4), phase(9, 2)), 4) == [(1, 1), (3, 4), (4, 2)]
+    found = phases.listed((phase(1, 1), phase(3, 4), phase(9, 2)), 4)
+    assert [part[:2] for part in found] == [(1, 1), (3, 4), (4, 2)]
     objective = Diffusion(noise=MaskNoise(block_size=2))
     model, _ = tiny(adapter=False, attention="block_causal", block_size=2)
     assert phases.of_size(model, objective, None) == (model, objective)
@@ -303,6 +311,11 @@ def test_a_phase_is_its_own_model_and_objective():
     assert (own.config.attention, aim.noise.block_size) == ("causal", 4)
     with pytest.raises(ValueError, match="Autoregressive has none"):
         phases.of_size(causal, Autoregressive(), 4)
+    dit = DiTConfig(vocab_size=8, num_layers=1, dim=16, num_heads=2, cond_dim=8, mask_id=1).build()
+    own, aim = phases.of_size(dit, objective, 4)
+    assert (own.config.block_size, aim.noise.block_size) == (4, 4)
+    with pytest.raises(ValueError, match="the attention of a DiT is block_causal"):
+        phases.of_size(dit, objective, 0)
     with pytest.raises(ValueError, match="each must end after"):
         dataclasses.replace(toy_config.config, phases=(phase(3, 4), phase(3, 2)))
 
@@ -324,6 +337,44 @@ def test_a_run_begins_with_the_whole_text_and_ends_in_blocks(tmp_path):
     for other in ((phase(1, 0), phase(3, 2)), ()):
         with pytest.raises(ValueError, match="phases='blocks of 0 until step 2, then blocks of 2"):
             pretraining.train(dataclasses.replace(config, phases=other))
+
+
+def test_a_phase_chooses_its_interval_of_noise(tmp_path, monkeypatch):
+    aims = []
+
+    def fit(*rest, **given):
+        aims.append(rest[5].noise)
+        return training.fit(*rest, **given)
+
+    monkeypatch.setattr(phases, "fit", fit)
+    noise = MaskNoise(block_size=2, counts="independent")
+    parts = (phase(2, 2), training.Phase(until=3, block_size=2, tune=3))
+    config = dataclasses.replace(
+        toy_config.blocks, run=tmp_path, objective=Diffusion(noise=noise), phases=parts,
+        data=dataclasses.replace(toy_config.config.data, heldout=24),
+    )  # fmt: skip
+    pretraining.train(config)
+    file = tmp_path / "interval-2.json"
+    found = json.loads(file.read_text())
+    assert found["interval"] == min(found["variances"], key=lambda x: x[2])[:2]
+    assert len({x[2] for x in found["variances"]}) == len(found["variances"]) > 20
+    tuned = dataclasses.replace(noise, beta=found["interval"][0], omega=found["interval"][1])
+    assert aims == [noise, tuned]
+    file.write_text('{"interval": [0.1, 0.7]}')
+    pretraining.train(config)  # goes on with what the file says
+    assert (aims[-1].beta, aims[-1].omega) == (0.1, 0.7)
+    file.unlink()
+    with pytest.raises(ValueError, match="is lost"):
+        pretraining.train(config)
+    for fields, told in (
+        (dict(objective=Diffusion(noise=MaskNoise(block_size=2))), "an interval is of"),
+        (dict(data=dataclasses.replace(config.data, heldout=0)), "no held-out rows"),
+        (dict(phases=parts[:1]), "tuned on 3 batches"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            pretraining.train(dataclasses.replace(config, **fields))
+    with pytest.raises(ValueError, match="one batch has no variance"):
+        dataclasses.replace(config, phases=(training.Phase(until=3, block_size=2, tune=1),))
 
 
 def test_documents_end_within_no_block_of_any_phase(tmp_path):
@@ -350,9 +401,36 @@ def test_blocks_of_attention_are_those_of_the_noise(base, tmp_path):
     assert meta["block_size"] == 8
 
 
+def test_an_adapter_tells_what_it_was_made_from(tmp_path):
+    """Whatever its objective is, and that of the one that it began with."""
+    first = tmp_path / "adapter.json"
+    config = Adapt(data=Counting(), run=tmp_path, init=tmp_path, steps=4)
+    own = dataclasses.replace(config, objective=Diffusion(noise=MaskNoise(block_size=8)))
+    for meta, steps, seen in (
+        ({"steps": 3, "noisy_tokens_seen": 7}, 7, 7 + 4 * 4 * 48 * 4),
+        ({"steps": 3, "noisy_tokens_seen": None}, 7, None),
+        ({}, 4, None),
+    ):
+        first.write_text(json.dumps({"meta": meta}))
+        found = adaptation._meta(config, 4, 24, None)
+        assert (found["steps"], found["noisy_tokens_seen"]) == (steps, seen)
+        assert adaptation._meta(own, 4, 24, None)["noisy_tokens_seen"] is None
+
+    class Mine:
+        def loss(self, model, params, batch, key): ...
+
+    for objective, told in (
+        (own.objective, "Diffusion(noise=MaskNoise(block_size=8))"),
+        (Mine(), "Mine()"),
+    ):
+        found = adaptation._meta(dataclasses.replace(config, objective=objective), 4, 24, None)
+        assert json.loads(json.dumps(found))["settings"]["objective"] == told
+
+
 def test_phases_that_a_shorter_run_does_not_reach_are_none(base, tmp_path):
     config = adapt_to(base, tmp_path, steps=3)
-    assert phases.listed(config.phases, config.steps) == [(1, 1), (3, 4)]
+    found = phases.listed(config.phases, config.steps)
+    assert [part[:2] for part in found] == [(1, 1), (3, 4)]
     found = [adaptation._meta(config, step, 24, None)["block_size"] for step in range(1, 4)]
     assert found == [1, 4, 4]
 
@@ -452,6 +530,12 @@ def test_a_run_may_hold_nothing_out(capsys):
     assert "the held-out split is empty" in capsys.readouterr().out
     data = dataclasses.replace(toy_config.config.data, heldout=0)
     assert pretraining.sources(data)[1] is None
+
+
+def test_other_architectures_are_not_adapted(tmp_path):
+    dit = DiTConfig(vocab_size=8, num_layers=1, dim=16, num_heads=2, cond_dim=8, mask_id=1)
+    with pytest.raises(ValueError, match="is a DiTConfig: a Transformer is adapted"):
+        adaptation.adapted(dit, Adapt(data=Counting(), run=tmp_path))
 
 
 def test_what_an_adaptation_cannot_be(base, tmp_path):

@@ -174,6 +174,8 @@ def test_reports_are_told_what_the_metrics_are(tmp_path, monkeypatch):
     own = (run / "report-id").read_text()
     assert len(own) == 8
     assert told["wandb"][0][1]["id"] == own
+    config = told["wandb"][0][1]["config"]
+    assert json.loads(json.dumps(config)) == json.loads((run / "settings.json").read_text())
     for name, called in (("wandb", "run"), ("trackio", f"run-{own}")):
         assert told[name][0][1]["name"] == called
         assert told[name][0][1]["config"]["batch"] == 8

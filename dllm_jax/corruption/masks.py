@@ -114,7 +114,9 @@ class MaskNoise:
         Raises:
           ValueError: it is none.
         """
-        even = self.schedule == Linear() and self.beta + self.omega == 1
+        even = self.schedule == Linear()
+        if all(isinstance(x, int | float) for x in (self.beta, self.omega)):
+            even = even and round(self.beta + self.omega, 6) == 1
         if self.weighting == "bound" and not (self.counts == "independent" and even):
             raise ValueError(
                 f'the complement is no sample of {self}: give weighting="flat", or'

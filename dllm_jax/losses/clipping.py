@@ -34,18 +34,21 @@ def least_variance(
 
     What a step's gradient suffers from is the variance of its loss, and the best interval differs
     by block size (Arriola et al. 2025, 2503.09573, section 5.3): look for it now and then, and go
-    on with what is found.
+    on with what is found. A run does at the beginning of a phase with `Phase.tune`.
 
     Args:
       batches: as many as the variance is to be told from; every interval is tried on all of them.
       objective: of masks, `counts="independent"`.
+      intervals: those to try; of them, where complements of the bound are learnt, those about 1/2.
 
     Raises:
-      ValueError: the noise has no interval, or there are fewer than two batches.
+      ValueError: the noise has no interval, or none is left, or there are fewer than two batches.
     """
-    noise = objective.noise
-    if not isinstance(noise, MaskNoise) or noise.counts != "independent":
-        raise ValueError(f'an interval is of MaskNoise(counts="independent"), not of {noise}')
+    noise = check_interval(objective)
+    if objective.complementary and noise.weighting == "bound":  # they are samples there alone
+        intervals = [(low, high) for low, high in intervals if round(low + high, 6) == 1]
+    if not intervals:
+        raise ValueError("there is no interval to try")
     ends = jnp.array(intervals, jnp.float32)  # numbers of one program
     losses = [
         [float(_loss(objective, model, params, batch, jax.random.fold_in(key, i), x)) for x in ends]
@@ -58,6 +61,14 @@ def least_variance(
     low, high = intervals[int(spread.argmin())]
     best = dataclasses.replace(noise, beta=low, omega=high)
     return dataclasses.replace(objective, noise=best), variances
+
+
+def check_interval(objective: Any) -> MaskNoise:
+    """Its noise; ValueError where that has no interval."""
+    noise = getattr(objective, "noise", None)
+    if not isinstance(noise, MaskNoise) or noise.counts != "independent":
+        raise ValueError(f'an interval is of MaskNoise(counts="independent"), not of {noise}')
+    return noise
 
 
 @partial(jax.jit, static_argnums=(0, 1))

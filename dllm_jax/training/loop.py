@@ -3,6 +3,7 @@
 A run is a folder:
 
     <run>/checkpoints/   Orbax: the trained parameters, the optimiser, and the position in the data
+    <run>/settings.json  what the run is of, in words, as it was last started
     <run>/metrics.jsonl  one line a logged step
     <run>/samples.jsonl  what evaluations wrote in words
     <run>/spikes/        batches of steps that were not applied
@@ -16,6 +17,7 @@ process reads of the batch follows from where its devices stand in the mesh.
 
 import contextlib
 import dataclasses
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -118,6 +120,7 @@ def fit(
     evaluations: Mapping[str, Evaluation] | None = None,
     about: Mapping[str, Any] | None = None,
     begins: int = 0,
+    settings: Mapping[str, Any] | None = None,
 ) -> TrainState:
     """Trains until `config.steps`, the time budget, or a signal; continues what the folder holds.
 
@@ -138,6 +141,8 @@ def fit(
         (`identity.described`), and others do not go on from there. The objective, by default.
       begins: the step from which on the model and the objective are these: losses of before say
         nothing of what is a spike.
+      settings: more to tell people of the run than `config` and `about`, by name: its optimiser,
+        say. All of it goes to settings.json, and to what `config.report` names.
 
     Returns:
       The last state, which is also on disk when any step was made. What it trained is
@@ -188,6 +193,8 @@ def fit(
     about = {"objective": objective} if about is None else about
     own = {name: described(thing) for name, thing in about.items()}
     own |= {"seed": config.seed, **shape, "rows": len(source)}
+    told = {name: described(thing) for name, thing in (settings or {}).items()}
+    told = {**dataclasses.asdict(config), **own, **told}
     folder = absolute(config.checkpoints or run / "checkpoints")
     first, alone = distributed.is_first(), jax.process_count() == 1
     watch = Watch(run, key, stops=stops)
@@ -196,6 +203,8 @@ def fit(
         del placed
         state = extras(_restore(folder, state, data, own))
         done = began = int(state.step)
+        if first:
+            records.write_whole(run / "settings.json", json.dumps(told, indent=1) + "\n")
         if done == begins and state.losses is not None:
             state = dataclasses.replace(state, losses=state.losses * float("nan"))
 
@@ -215,7 +224,7 @@ def fit(
             _saver(folder, config) as saver,
             records.metrics(run / "metrics.jsonl", done) as log,
             _samples(run, done, evaluations) as tell,
-            reports(run, config.report, dataclasses.asdict(config)) as report,
+            reports(run, config.report, told) as report,
             records.progress(config.steps, done) as show,
         ):
 
@@ -284,21 +293,29 @@ def evaluate(
     The same rows and noise for the same seed. At most `limit` rows are read, in batches of at most
     `batch`; those that fill no batch are left out.
     """
-    mesh = training_mesh(params)
+    key, rows = jax.random.key(seed), []
+    measure = partial(_figures, model, objective)
+    given = looked_at(model, params, source, batch, length, seed=seed, limit=limit, rules=rules)
+    with scope(params):
+        for i, one in enumerate(given):
+            own = params, one, jax.random.fold_in(key, i)
+            if i == 0:
+                distributed.compile_together(measure, *own)
+            rows.append(jax.device_get(measure(*own)))
+    return {name: _mean(name, np.array([row[name] for row in rows])) for name in rows[0]}
+
+
+def looked_at(
+    model: Any, params: Params, source: Source, batch: int, length: int, *, seed: int, limit: int,
+    rules: Rules = EVERY,
+) -> Iterator[dict[str, jax.Array]]:  # fmt: skip
+    """Whole batches of at most `batch` rows, of at most `limit` rows, where the parameters are."""
     batch = min(batch, limit, len(source))
-    feed = Feed(batch, mesh, rules, whole=True)
+    feed = Feed(batch, training_mesh(params), rules, whole=True)
     pad_id = model.config.pad_id
     data = batches(source, batch=batch, length=length, pad_id=pad_id, seed=seed, rows=feed.rows)
-    count = min(limit, len(source)) // batch
-    key = jax.random.key(seed)
-    measure, rows = partial(_figures, model, objective), []
-    with scope(params):
-        for i in range(count):
-            given = params, feed.place(next(data)), jax.random.fold_in(key, i)
-            if i == 0:
-                distributed.compile_together(measure, *given)
-            rows.append(jax.device_get(measure(*given)))
-    return {name: _mean(name, np.array([row[name] for row in rows])) for name in rows[0]}
+    for _ in range(min(limit, len(source)) // batch):
+        yield feed.place(next(data))
 
 
 def _mean(name: str, values: np.ndarray) -> float:

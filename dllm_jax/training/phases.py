@@ -1,21 +1,29 @@
-"""Phases of a run: blocks of one size after the other, under one schedule, on one order of rows."""
+"""Phases of a run: blocks of one size after the other, under one schedule, on one order of rows.
+
+A phase may choose its interval of noise when it begins (`Phase.tune`).
+"""
 
 import dataclasses
+import json
 import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import optax
 
 from dllm_jax import distributed
 from dllm_jax.data import Source
-from dllm_jax.losses import Objective
+from dllm_jax.losses import Objective, least_variance
+from dllm_jax.losses.clipping import check_interval
 from dllm_jax.losses.objective import check_whole_blocks
-from dllm_jax.training.loop import Fit, fit
-from dllm_jax.training.records import interrupts
-from dllm_jax.training.step import TrainState
+from dllm_jax.nn.transformer import TransformerConfig
+from dllm_jax.sharding import scope
+from dllm_jax.training.loop import Fit, fit, looked_at
+from dllm_jax.training.records import interrupts, write_whole
+from dllm_jax.training.step import TrainState, trained
 from dllm_jax.typing import Params
 
 
@@ -27,6 +35,9 @@ class Phase:
     """The step that ends it."""
     block_size: int
     """0: the whole text is one block, and attention bidirectional."""
+    tune: int = 0
+    """So many held-out batches, on which the phase's interval of noise is chosen when it begins:
+    the one whose loss varies least (`losses.least_variance`, BD3-LM). 0: as the noise says."""
 
 
 def check_phases(phases: tuple[Phase, ...]) -> None:
@@ -37,20 +48,28 @@ def check_phases(phases: tuple[Phase, ...]) -> None:
     sizes = [phase.block_size for phase in phases]
     if min(sizes, default=0) < 0:
         raise ValueError(f"phases have blocks of {sizes}: 0 is the whole text")
+    for phase in phases:
+        if phase.tune < 0 or phase.tune == 1:
+            raise ValueError(f"tune={phase.tune}: one batch has no variance; give more, or 0")
 
 
-def listed(phases: tuple[Phase, ...], steps: int) -> list[tuple[int, int | None]]:
-    """(the step that ends it, its block size) of each that a run of so many steps comes to.
+class Part(NamedTuple):
+    """Steps with blocks of one size."""
 
-    The last one holds until the end. Without phases one whose size is None: as the settings say.
-    """
+    until: int  # the step that ends it
+    block_size: int | None = None  # None: as the settings say
+    tune: int = 0
+
+
+def listed(phases: tuple[Phase, ...], steps: int) -> list[Part]:
+    """The phases that a run of so many steps comes to; the last one holds until the end."""
     if not phases:
-        return [(steps, None)]
+        return [Part(steps)]
     ends = [min(phase.until, steps) for phase in phases[:-1]]
     found, before = [], 0
     for until, phase in zip([*ends, steps], phases, strict=True):
         if until > before:  # else the run ends before it begins
-            found.append((until, phase.block_size))
+            found.append(Part(until, phase.block_size, phase.tune))
         before = until
     return found
 
@@ -60,8 +79,10 @@ def in_words(phases: tuple[Phase, ...]) -> str:
     if not phases:
         return "none"
     *before, last = phases
-    parts = [f"blocks of {phase.block_size} until step {phase.until}" for phase in before]
-    return ", then ".join([*parts, f"blocks of {last.block_size}"])
+    tuned = lambda phase: f" tuned on {phase.tune} batches" if phase.tune else ""  # noqa: E731
+    blocks = lambda phase: f"blocks of {phase.block_size}{tuned(phase)}"  # noqa: E731
+    parts = [f"{blocks(phase)} until step {phase.until}" for phase in before]
+    return ", then ".join([*parts, blocks(last)])
 
 
 def block_size_of(objective: Any) -> int | None:
@@ -85,7 +106,14 @@ def of_size(model: Any, objective: Any, size: int | None) -> tuple[Any, Any]:
     noise = dataclasses.replace(objective.noise, block_size=size)
     if model.config.attention != "causal":
         attention = "block_causal" if size else "bidirectional"
-        changes = {"attention": attention, "block_size": max(size, 1)}
+        changes: dict[str, Any] = {"block_size": max(size, 1)}
+        if isinstance(model.config, TransformerConfig):
+            changes["attention"] = attention
+        elif attention != model.config.attention or not hasattr(model.config, "block_size"):
+            raise ValueError(
+                f"block_size={size}: the attention of a {type(model).__name__} is"
+                f" {model.config.attention}"
+            )
         model = dataclasses.replace(model.config, **changes).build()
     return model, dataclasses.replace(objective, noise=noise)
 
@@ -104,6 +132,7 @@ def fit_phases(
     *,
     evaluations: Mapping[str, Any],
     about: Mapping[str, Any],
+    settings: Mapping[str, Any] | None = None,
 ) -> tuple[TrainState, Any]:
     """As `fit`, phase after phase.
 
@@ -115,25 +144,76 @@ def fit_phases(
       The last state, and the model of the phase that it is of.
 
     Raises:
-      ValueError: as `fit`; or rows of several documents are not whole blocks of a phase.
+      ValueError: as `fit`; or rows of several documents are not whole blocks of a phase; or one is
+        tuned whose noise has no interval, or without held-out rows.
     """
     started, own, begins = time.monotonic(), model, 0
     about = {**about, "phases": in_words(phases)}
-    parts = [(end, *of_size(model, objective, n)) for end, n in listed(phases, config.steps)]
+    listing = listed(phases, config.steps)
+    parts = [(part, *of_size(model, objective, part.block_size)) for part in listing]
     if len(source) and source[0].segments is not None:
         for _, _, aim in parts:  # now, not when a phase comes
             check_whole_blocks(config.length, block_size_of(aim) or 0)
+    for part, _, aim in parts:
+        if part.tune and heldout is None:
+            raise ValueError(f"tune={part.tune}: there are no held-out rows to choose by")
+        if part.tune:
+            check_interval(aim)
     with interrupts() as interrupted:  # a signal in the last step of a phase ends the run too
-        for until, own, aim in parts:
+        for part, own, aim in parts:
+            if part.tune:
+                assert heldout is not None
+                aim = _tuned(run, begins, part.tune, config, own, params, state, aim, heldout)
             minutes = config.minutes
             if minutes is not None:
                 minutes -= (time.monotonic() - started) / 60
             state = fit(
-                run, dataclasses.replace(config, steps=until, minutes=minutes), own, params, state,
-                aim, tx, source, heldout, about=about, begins=begins,
+                run, dataclasses.replace(config, steps=part.until, minutes=minutes), own, params,
+                state, aim, tx, source, heldout, about=about, begins=begins, settings=settings,
                 evaluations={name: partial(ask, own) for name, ask in evaluations.items()},
             )  # fmt: skip
-            if int(state.step) < until or distributed.any_process(interrupted()):
+            if int(state.step) < part.until or distributed.any_process(interrupted()):
                 break
-            begins = until
+            begins = part.until
     return state, own
+
+
+def _tuned(
+    run: Path,
+    begins: int,
+    count: int,
+    config: Fit,
+    model: Any,
+    params: Params,
+    state: TrainState,
+    objective: Any,
+    heldout: Source,
+) -> Any:
+    """The objective in the interval of noise that is best when a phase begins.
+
+    It is in `<run>/interval-<step>.json`, from which a run goes on.
+    """
+    path = run / f"interval-{begins}.json"
+    if path.exists():
+        low, high = json.loads(path.read_text())["interval"]
+        noise = dataclasses.replace(objective.noise, beta=low, omega=high)
+        return dataclasses.replace(objective, noise=noise)
+    if int(state.step) > begins:
+        raise ValueError(f"{path} is lost: what it held cannot be found again; put it back")
+    whole = {**params, **trained(state)}
+    rows = looked_at(
+        model, whole, heldout, config.batch, config.length, seed=config.seed,
+        limit=count * config.batch,
+    )  # fmt: skip
+    with scope(whole):
+        best, variances = least_variance(
+            model, whole, rows, objective=objective, key=jax.random.key(config.seed)
+        )
+    noise = check_interval(best)
+    found = {
+        "interval": [noise.beta, noise.omega],
+        "variances": [[*ends, value] for ends, value in variances.items()],
+    }
+    run.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(found, indent=1) + "\n")
+    return best

@@ -6,6 +6,7 @@ Of many processes the first writes; on the others these do nothing.
 import contextlib
 import json
 import math
+import os
 import signal
 import threading
 import warnings
@@ -47,6 +48,13 @@ class _Asked:
         self.yes = True
 
 
+def write_whole(path: Path, text: str) -> None:
+    """A file, whole or not at all."""
+    draft = path.with_suffix(f".{os.getpid()}")
+    draft.write_text(text)
+    draft.replace(path)
+
+
 @contextlib.contextmanager
 def metrics(path: Path, done: int) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Appends JSON lines; lines of steps that the checkpoint does not know are dropped first."""
@@ -55,9 +63,7 @@ def metrics(path: Path, done: int) -> Iterator[Callable[[dict[str, Any]], None]]
         return
     if path.exists():
         kept = [row for row in read_metrics(path) if row["step"] <= done]
-        rewritten = path.with_suffix(".partial")
-        rewritten.write_text("".join(_line(row) for row in kept))
-        rewritten.rename(path)  # whole or not at all: a kill here loses no line
+        write_whole(path, "".join(_line(row) for row in kept))  # a kill here loses no line
     with path.open("a", buffering=1) as file:
         yield lambda row: print(_line(row), end="", file=file)
 

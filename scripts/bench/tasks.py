@@ -6,8 +6,9 @@
 
 Trains what is not trained yet (`<run>` of each config, `<run>-<seed>` of later seeds), then answers
 test questions in several ways (an order of writing, and how many tokens a pass writes), or measures
-bits a character of held-out text and writes samples. Writes OUT.json as it goes, and goes on from
-what it holds; OUT.md; and of tasks OUT.png.
+bits a character of held-out text, the bound and those of several ways, and writes samples. Writes
+OUT.json as it goes, and goes on from what it holds, where that is of the same settings; OUT.md; and
+of tasks OUT.png.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ import tyro
 from dllm_jax import checkpoint, experiments, generate, pretraining, recipes, tasks, training
 from dllm_jax.bench.report import provenance
 from dllm_jax.cli.training import load_config
+from dllm_jax.training.identity import described
 
 STEPS, THRESHOLDS = (1, 2, 4, 8, 16, 32), (0.5, 0.8, 0.9, 0.95, 0.99)
 GIVEN, WRITTEN = 64, 192  # tokens of a sample: of held-out text, and the model's
@@ -44,6 +46,8 @@ class Options:
     """Test questions for the first way of a mode."""
     sweep: int = 256
     """Test questions for the others."""
+    paced: int = 64
+    """Held-out rows of text for the bits of each way."""
     batch: int = 64
     train: bool = True
     """False: what is not trained is left out."""
@@ -56,20 +60,43 @@ def main(options: Options) -> None:
     for seed in options.seeds:
         for name in options.runs:
             config = load_config(f"{options.config}:{name}", pretraining.Train)
+            mode = str(config.run)
             run = config.run.with_name(config.run.name + (f"-{seed}" if seed else ""))
+            config = dataclasses.replace(
+                config, run=run, fit=dataclasses.replace(config.fit, seed=seed)
+            )
+            own = held["runs"].get(str(run), {"mode": mode})
+            check_same(run, config, own)
             if not (run / "model").exists():
                 if not options.train:
                     continue
-                fit = dataclasses.replace(config.fit, seed=seed)
-                pretraining.train(dataclasses.replace(config, run=run, fit=fit))
-            own = held["runs"].setdefault(str(run), {"mode": str(config.run)})
+                pretraining.train(config)
+            held["runs"][str(run)] = own
             for _ in asked(config, run, options, own):
                 held |= provenance()
+                own.setdefault("commit", held["commit"])
                 options.out.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(json.dumps(held, indent=1) + "\n")
                 options.out.with_suffix(".md").write_text(table(held))
-                if own["ways"]:
+                if any("accuracy" in way for way in own["ways"].values()):
                     draw(held, options.out.with_suffix(".png"))
+
+
+def check_same(run: Path, config: pretraining.Train, own: dict[str, Any]) -> None:
+    """Raises ValueError where the run, or what is held of it, is of other settings."""
+    told = pretraining.settings_of(config)
+    told |= {"data": config.data, "objective": config.objective}
+    wanted = {name: described(thing) for name, thing in told.items()}
+    wanted |= {name: getattr(config.fit, name) for name in ("steps", "batch", "length", "seed")}
+    file = run / "settings.json"
+    made = json.loads(file.read_text()) if file.exists() else {}
+    for name, value in wanted.items():
+        for where, found in ((run, made), ("the results", own.get("settings", {}))):
+            if found.get(name, value) != value:
+                raise ValueError(
+                    f"{where} is of {name}={found[name]}, the config of {value}: move it away"
+                )
+    own["settings"] = wanted
 
 
 def asked(
@@ -96,6 +123,14 @@ def asked(
         if "samples" not in own:
             own["samples"] = list(samples(config, model, params))
             yield
+        for way, recipe in paces(config):
+            if way not in own["ways"]:
+                bits = experiments.Bits(
+                    data=config.data, rows=options.paced, batch=options.batch, recipe=recipe
+                )
+                own["ways"][way] = dict(bits(model, params, config.fit.steps))
+                print(run, way, own["ways"][way], flush=True)
+                yield
         return
     task = config.data.task
     for number, (way, recipe) in enumerate(ways(config, task)):
@@ -141,6 +176,36 @@ def samples(config: pretraining.Train, model: Any, params: Any) -> Iterator[dict
         yield {"way": way, "passes": float(found.nfe[0]), "given": given, "text": said}
 
 
+def paces(config: pretraining.Train) -> Iterator[tuple[str, recipes.Recipe]]:
+    """Deterministic orders of writing a text, from one token a pass to many."""
+    model: Any = config.model
+    size, length = model.block_size, config.fit.length
+    if model.attention == "bidirectional":
+        yield "one a pass, most confident first", recipes.llada(block_size=0)
+        for count in (2, 4, 8, 16):
+            steps = -(-length // count)
+            yield f"{count} a pass", recipes.llada(block_size=0, steps_per_block=steps)
+    elif model.attention == "block_causal":
+        yield "one a pass, left to right", recipes.sdar(block_size=size, order="sequential")
+        yield "one a pass, most confident first", recipes.sdar(block_size=size, order="static")
+        for count in (2, 4, 8, 16):
+            if count <= size:
+                steps = size // count
+                recipe = recipes.sdar(block_size=size, order="static", steps_per_block=steps)
+                yield f"{count} a pass", recipe
+        for threshold in THRESHOLDS[:2]:
+            yield f"threshold {threshold}", recipes.sdar(block_size=size, threshold=threshold)
+    else:
+        yield "autoregressive", recipes.ar()
+        if model.mask_id is not None:
+            size = config.objective.noise.block_size  # pyrefly: ignore
+            for threshold in THRESHOLDS[:2]:
+                yield (
+                    f"threshold {threshold}",
+                    recipes.block_diffusion(block_size=size, threshold=threshold),
+                )
+
+
 def ways(config: pretraining.Train, task: tasks.Task) -> Iterator[tuple[str, recipes.Recipe]]:
     """The recipes that a mode is asked by; the first is the one that it is meant for."""
     model: Any = config.model
@@ -179,11 +244,13 @@ def table(held: dict[str, Any]) -> str:
     modes: dict[str, list[dict[str, Any]]] = {}
     for own in held["runs"].values():
         modes.setdefault(own["mode"], []).append(own)
+    commits = dict.fromkeys(own.get("commit", held["commit"]) for own in held["runs"].values())
     lines = [
         f"{held['device']}, jax {held['versions']['jax']}, {held['date']}, commit"
-        f" {held['commit']}. Runs of an experiment have the same backbone, parameters and training"
-        " FLOPs (both streams counted), and rows differ. Accuracy on test questions, ± one standard"
-        " error of the questions, or where there are several seeds the deviation between them."
+        f" {', '.join(commits)}. Runs of an experiment have the same backbone, parameters and"
+        " training FLOPs (both streams counted), and rows differ. Accuracy on test questions, ± one"
+        " standard error of the questions, or where there are several seeds the deviation between"
+        " them."
         " Overhead: entries processed for a token of an answer.",
         "",
     ]
@@ -206,19 +273,25 @@ def table(held: dict[str, Any]) -> str:
             more = [one - other for one, other in zip(each, first, strict=False)]  # seed by seed
             error = np.mean([x["bits"]["stderr"] for x in own if "bits" in x])
             lines.append(f"| {mode} | {spread(each)} | {spread(more, '+')} | {error:.3f} |")
-    if any(own["ways"] for own in held["runs"].values()):
-        lines += ["", "| run | way | questions | accuracy, % | passes | overhead |"]
+    answered = [x for own in held["runs"].values() for x in own["ways"].values()]
+    if answered:
+        asked = "accuracy, %" if "accuracy" in answered[0] else "bits a character, exact"
+        count = "questions" if "accuracy" in answered[0] else "characters"
+        lines += ["", f"| run | way | {count} | {asked} | passes | overhead |"]
         lines += ["|---|---|---|---|---|---|"]
     for mode, own in modes.items():
         for way in own[0]["ways"]:
             each = [x["ways"][way] for x in own if way in x["ways"]]
-            accuracy = [x["accuracy"] for x in each]
-            error = np.std(accuracy, ddof=1) if len(each) > 1 else each[0]["stderr"]
+            if "accuracy" in each[0]:
+                accuracy = [x["accuracy"] for x in each]
+                error = np.std(accuracy, ddof=1) if len(each) > 1 else each[0]["stderr"]
+                count = each[0]["count"]
+                told = f"{100 * np.mean(accuracy):.1f} ± {100 * error:.1f}"
+            else:
+                count = round(each[0]["characters"])
+                told = spread([x["per_character"] for x in each])
             passes, overhead = (np.mean([x[n] for x in each]) for n in ("passes", "overhead"))
-            lines.append(
-                f"| {mode} | {way} | {each[0]['count']:,} | {100 * np.mean(accuracy):.1f} ±"
-                f" {100 * error:.1f} | {passes:.1f} | {overhead:.2f} |"
-            )
+            lines.append(f"| {mode} | {way} | {count:,} | {told} | {passes:.1f} | {overhead:.2f} |")
     for mode, own in modes.items():
         for sample in own[0].get("samples", ()):
             lines += ["", f"{mode}, {sample['way']} ({sample['passes']:.0f} passes):", ""]
