@@ -82,6 +82,18 @@ class Tokenizer:
         found = backend.encode_batch_fast(list(texts), add_special_tokens=special)
         return [encoding.ids for encoding in found]
 
+    @functools.cached_property
+    def lost_bytes(self) -> frozenset[int]:
+        """Bytes that no token is: a byte-level vocabulary without a token for unknown ones drops
+        them from a text. (SmolLM2's lacks 21, most of which no text in UTF-8 has.)"""
+        kinds = json.loads(self.backend.to_str())
+        if "ByteLevel" not in json.dumps([kinds.get("pre_tokenizer"), kinds.get("decoder")]):
+            return frozenset()
+        if kinds["model"].get("unk_token") is not None:
+            return frozenset()
+        known = self.backend.get_vocab()
+        return frozenset(byte for byte, letter in _byte_letters().items() if letter not in known)
+
     def decode(
         self, ids: Iterable[int] | Integer[Array | np.ndarray, " L"], skip_special: bool = True
     ) -> str:
@@ -165,6 +177,13 @@ class Tokenizer:
         twin = tokenizers.Tokenizer.from_str(self.backend.to_str())
         twin.encode_special_tokens = True
         return twin
+
+
+def _byte_letters() -> dict[int, str]:
+    """The letter that GPT-2's vocabularies write for each byte."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in shown]
+    return {**{x: chr(x) for x in shown}, **{x: chr(256 + i) for i, x in enumerate(others)}}
 
 
 def _from_folder(folder: epath.Path) -> Tokenizer:

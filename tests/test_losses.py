@@ -59,6 +59,7 @@ class Row(NamedTuple):
     targets: np.ndarray
     weights: np.ndarray
     whole: np.ndarray
+    times: np.ndarray
     logits: np.ndarray
     clean: np.ndarray
 
@@ -89,7 +90,7 @@ def rows() -> list[Row]:
         )[0]
         found.append(
             Row(
-                blocks.tokens, blocks.targets, blocks.weights, blocks.whole,
+                blocks.tokens, blocks.targets, blocks.weights, blocks.whole, blocks.times,
                 np.asarray(logits[L:]).reshape(G, T, -1), np.asarray(logits[:L]),
             )
         )  # fmt: skip
@@ -104,12 +105,16 @@ def nats(logits: np.ndarray, target: int) -> float:
 
 def test_the_loss_is_its_definition(rows):
     total = weight = 0.0
+    levels = [[] for _ in range(4)]
     for row in rows:
         for block in range(G):
             for place in range(T):
                 cost = nats(row.logits[block, place], row.targets[block, place])
                 total += row.weights[block, place] * cost
                 weight += row.weights[block, place]
+                if row.weights[block, place]:
+                    share = 1.0 if row.whole[block, place] else row.times[block, place]
+                    levels[min(int(4 * share), 3)].append(cost)
     diffusion = total / weight
     causal = [
         nats(row.clean[i - 1], TOKENS[r, i])
@@ -120,6 +125,11 @@ def test_the_loss_is_its_definition(rows):
     np.testing.assert_allclose(found.figures["diffusion"], diffusion, rtol=1e-5)
     np.testing.assert_allclose(found.figures["ar"], np.mean(causal), rtol=1e-5)
     np.testing.assert_allclose(found.loss, diffusion + 0.5 * np.mean(causal), rtol=1e-5)
+    assert found.figures["tokens"] == len(causal)
+    assert sum(map(bool, levels)) > 2
+    for i, each in enumerate(levels):
+        expected = np.mean(each) if each else np.nan
+        np.testing.assert_allclose(found.figures[f"level_{i}"], expected, rtol=1e-5)
 
 
 def test_accuracy_and_accepted_are_counts_over_whole_blocks(rows):

@@ -6,6 +6,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,6 +69,20 @@ def nats_of(logits, token: int, bar: bool = True) -> float:
 def cost(objective, model, params, batch, key):
     """The loss and its figures, compiled: op by op they take longer than the rest of a test."""
     return jax.jit(partial(objective.loss, model))(params, batch, key)
+
+
+def moved(params, by):
+    """Along the parameters themselves: every one has a part in the slope."""
+    return jax.tree.map(lambda x: x * (1 + by), params)
+
+
+def check_slope(loss, reference, params) -> None:
+    """A loss (traced) and its slope against a reference (a number) and its differences."""
+    value, slope = jax.jit(jax.value_and_grad(lambda by: loss(moved(params, by))))(0.0)
+    np.testing.assert_allclose(value, reference(params), rtol=1e-4)
+    rise = float(reference(moved(params, 0.01)) - reference(moved(params, -0.01)))
+    np.testing.assert_allclose(slope, rise / 0.02, rtol=5e-3, atol=1e-3)
+    assert abs(rise) > 1e-3, "a reference that stands still tells nothing"
 
 
 # What each row's noise can be, and what a row costs then: plainly, one pass a noisy text
@@ -166,6 +181,7 @@ CASES = {
     ),
     "Fast-dLLM v2": ("block_causal", "shifted", BLOCKS(weighting="flat"), "tokens"),
     "joint": ("causal", "shifted", MaskNoise(block_size=T), "tokens"),
+    "complements": ("block_causal", "same_position", BLOCKS(beta=0.2, omega=0.8), "tokens"),
 }  # fmt: skip
 
 
@@ -182,11 +198,9 @@ def test_the_mean_loss_is_that_of_all_noisy_texts(name: str):
     attention, alignment, noise, divide = CASES[name]
     model, params = model_of(attention, alignment)
     plain = plain_canvas if attention == "bidirectional" else plain_blocks
-    objective = Diffusion(noise=noise, divide=divide, stratified=False)
-
-    def moved(params, by):  # along the parameters themselves: every one has a part in the slope
-        return jax.tree.map(lambda x: x * (1 + by), params)
-
+    objective = Diffusion(
+        noise=noise, divide=divide, stratified=False, complementary=name == "complements"
+    )
     reference = lambda by: expected_by_enumeration(model, moved(params, by), plain, noise, divide)  # noqa: E731
     value, slope = reference(0.0), (reference(0.02) - reference(-0.02)) / 0.04
 
@@ -235,11 +249,16 @@ def test_losses_match_the_published_code(goldens: Path, folder: str):
 
 def test_autoregressive_is_its_definition():
     model, params = model_of("causal", "shifted")
-    logits = scores(model, params, TOKENS, BlockMask.causal(L))
-    expected = [nats_of(logits[r, i - 1], TOKENS[r, i], False) for r in range(2) for i in learnt(r)]
-    loss, figures = cost(Autoregressive(), model, params, BATCH, jax.random.key(0))
-    np.testing.assert_allclose(loss, np.mean(expected), rtol=1e-5)
-    assert figures["tokens"] == len(expected)
+    places = [(r, i) for r in range(2) for i in learnt(r)]
+
+    def reference(params):
+        logits = scores(model, params, TOKENS, BlockMask.causal(L))
+        return np.mean([nats_of(logits[r, i - 1], TOKENS[r, i], False) for r, i in places])
+
+    key = jax.random.key(0)
+    check_slope(lambda p: Autoregressive().loss(model, p, BATCH, key)[0], reference, params)
+    _, figures = cost(Autoregressive(), model, params, BATCH, key)
+    assert figures["tokens"] == len(places)
 
 
 def test_the_joint_loss_is_its_parts():
@@ -250,6 +269,17 @@ def test_the_joint_loss_is_its_parts():
     ar, _ = cost(Autoregressive(), model, params, BATCH, key)
     np.testing.assert_allclose(figures["ar"], ar, rtol=1e-5)
     np.testing.assert_allclose(both, alone + 0.5 * ar, rtol=1e-5)
+
+    def slopes(objective):
+        return jax.jit(jax.grad(lambda p: objective.loss(model, p, BATCH, key)[0]))(params)
+
+    chex.assert_trees_all_close(
+        slopes(Diffusion(noise=noise, ar_weight=0.5)),
+        jax.tree.map(
+            lambda x, y: x + 0.5 * y, slopes(Diffusion(noise=noise)), slopes(Autoregressive())
+        ),
+        rtol=1e-4, atol=1e-6,
+    )  # fmt: skip
 
 
 def test_complements_learn_every_token_once():
@@ -267,26 +297,48 @@ def test_complements_learn_every_token_once():
     assert figures["tokens"] == sum(len(learnt(row)) for row in range(2))
 
 
+def test_a_text_and_its_complement_cost_the_mean_of_both():
+    model, params = model_of("block_causal")
+    plain = Diffusion(noise=BLOCKS(beta=0.2, omega=0.8))
+    objective = dataclasses.replace(plain, complementary=True)
+    noisy = jax.jit(partial(objective.draw, model))(BATCH, jax.random.key(3)).rows.noisy
+
+    def loss(objective, noisy):
+        score = lambda p: objective.score(model, p, objective.given(model, BATCH, noisy))[0]  # noqa: E731
+        return jax.jit(jax.value_and_grad(score))(params)
+
+    each = [loss(plain, jax.tree.map(lambda x, i=i: x[:, i : i + 1], noisy)) for i in range(2)]
+    mean = jax.tree.map(lambda x, y: (x + y) / 2, *each)
+    chex.assert_trees_all_close(loss(objective, noisy), mean, rtol=1e-4, atol=1e-6)
+    assert each[0][0] != each[1][0]
+
+
 def test_confidence_counts_the_entropy_where_the_model_is_right():
     model, params = model_of("bidirectional")
     key, noise = jax.random.key(5), MaskNoise()
-    objective = Diffusion(noise=noise, confidence_weight=0.3)
+    objective = Diffusion(noise=noise, confidence_weight=3.0)
     loss, figures = cost(objective, model, params, BATCH, key)
     plain, _ = cost(Diffusion(noise=noise), model, params, BATCH, key)
     noisy = jax.jit(partial(Diffusion(noise=noise).draw, model))(BATCH, key).rows.noisy
-    total, count = 0.0, 0
-    for row in range(2):
-        shown = np.asarray(noisy.tokens[row, 0])
+    places = [(r, i) for r in range(2) for i in np.flatnonzero(np.asarray(noisy.weights[r, 0]))]
+
+    def entropy(params) -> float:
         logits = scores(
-            model, params, shown[None], BlockMask.bidirectional(L), lengths=LENGTHS[row : row + 1]
-        )[0, :, :MASK]
-        for place in np.flatnonzero(np.asarray(noisy.weights[row, 0])):
-            count += 1
-            if logits[place].argmax() == TOKENS[row, place]:
-                total += scipy.stats.entropy(np.asarray(jax.nn.softmax(logits[place])))
-    assert 0 < total
-    np.testing.assert_allclose(figures["entropy"], total / count, rtol=1e-5)
-    np.testing.assert_allclose(loss, plain + 0.3 * total / count, rtol=1e-5)
+            model, params, noisy.tokens[:, 0], BlockMask.bidirectional(L), lengths=LENGTHS
+        )[..., :MASK]
+        right = [at for at in places if logits[at].argmax() == TOKENS[at]]
+        assert right
+        spread = [scipy.stats.entropy(np.asarray(jax.nn.softmax(logits[at]))) for at in right]
+        return sum(spread) / len(places)
+
+    np.testing.assert_allclose(figures["entropy"], entropy(params), rtol=1e-5)
+    np.testing.assert_allclose(loss, plain + 3 * entropy(params), rtol=1e-5)
+
+    def added(params):
+        loss, figures = objective.loss(model, params, BATCH, key)
+        return loss - figures["diffusion"]
+
+    check_slope(added, lambda params: 3 * entropy(params), params)
 
 
 @pytest.mark.parametrize("focus", [0.5, 2.0])
@@ -427,23 +479,36 @@ def test_distillation_is_its_definition(alignment: str):
     key = jax.random.key(1)
     loss, figures = cost(objective, student, params, BATCH, key)
     rows = jax.jit(partial(objective.draw, student))(BATCH, key).rows
-    total, masks, shift = 0.0, 0, alignment == "shifted"
-    for row in range(2):
-        shown, prompt = np.asarray(rows.noisy[row]), PROMPTS[row]
-        told = scores(
-            model, params, shown[None], BlockMask.bidirectional(L), lengths=LENGTHS[row : row + 1]
-        )[0]
-        # The prompt is a part of its own, and so is each block of the answer.
-        part = np.where(np.arange(L) < prompt, 0, (np.arange(L) - prompt) // T + 1)
-        own = plainly_in_parts(student, params, shown[: LENGTHS[row]], part[: LENGTHS[row]])
-        for place in np.flatnonzero(np.asarray(rows.weights[row])):
-            masks += 1
-            at = max(place - shift, 0)
-            expected = np.asarray(jax.nn.softmax(told[at, :MASK]))
-            logs = np.asarray(jax.nn.log_softmax(own[at, :MASK]))
-            total -= float(rows.weights[row, place]) * (expected * logs).sum()
-    assert masks > 3
-    np.testing.assert_allclose(loss, total / masks, rtol=1e-4)
+    shift = alignment == "shifted"
+
+    def reference(moved) -> float:
+        """The student's parameters move; the teacher's are those that it has."""
+        total, masks, nats = 0.0, 0, [[] for _ in range(4)]
+        for row in range(2):
+            shown, prompt, length = np.asarray(rows.noisy[row]), PROMPTS[row], LENGTHS[row]
+            told = scores(
+                model, params, shown[None], BlockMask.bidirectional(L), lengths=LENGTHS[[row]]
+            )[0]
+            # The prompt is a part of its own, and so is each block of the answer.
+            part = np.where(np.arange(L) < prompt, 0, (np.arange(L) - prompt) // T + 1)
+            own = plainly_in_parts(student, moved, shown[:length], part[:length])
+            for place in np.flatnonzero(np.asarray(rows.weights[row])):
+                masks += 1
+                at = max(place - shift, 0)
+                expected = np.asarray(jax.nn.softmax(told[at, :MASK]))
+                logs = np.asarray(jax.nn.log_softmax(own[at, :MASK]))
+                weight = float(rows.weights[row, place])
+                nats[min(int(4 / weight), 3)].append(-(expected * logs).sum())
+                total -= weight * (expected * logs).sum()
+        assert masks > 3
+        if moved is params:
+            for i, each in enumerate(nats):
+                level = np.mean(each) if each else np.nan
+                np.testing.assert_allclose(figures[f"level_{i}"], level, rtol=1e-4)
+        return total / masks
+
+    check_slope(lambda p: objective.loss(student, p, BATCH, key)[0], reference, params)
+    np.testing.assert_allclose(loss, reference(params), rtol=1e-4)
     assert 0 <= figures["agreement"] <= 1
 
 
@@ -535,23 +600,40 @@ def test_mixed_noise_draws_what_it_says():
     assert scipy.stats.chisquare(counts, count * expected).pvalue > 1e-3
 
 
-def test_uniform_noise_trains_on_every_position():
-    model, params = tiny(vocab_size=V, adapter=False, attention="bidirectional", mask_id=None,
+NOISES = {
+    "uniform": UniformNoise(), "uniform, flat": UniformNoise(weighting="flat"),
+    "mixed": MixedNoise(), "mixed, flat": MixedNoise(weighting="flat"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOISES)
+def test_noise_of_tokens_costs_at_every_position(name: str):
+    """Entry by entry, the scores (which have tests of their own) of outputs of a plain pass."""
+    noise = NOISES[name]
+    mask_id = MASK if isinstance(noise, MixedNoise) else None
+    model, params = tiny(vocab_size=V, adapter=False, attention="bidirectional", mask_id=mask_id,
                          alignment="same_position", sharpness=5.0)  # fmt: skip
-    objective = Diffusion(noise=UniformNoise(weighting="flat"))
-    drawn = jax.jit(partial(objective.draw, model))(BATCH, jax.random.key(2))
-    loss, _ = cost(objective, model, params, BATCH, jax.random.key(2))
-    logits = scores(
-        model, params, drawn.rows.noisy.tokens[:, 0], BlockMask.bidirectional(L), lengths=LENGTHS
-    )
-    expected = [nats_of(logits[r, i], TOKENS[r, i], False) for r in range(2) for i in learnt(r)]
-    np.testing.assert_allclose(loss, np.mean(expected), rtol=1e-5)
-    bound = Diffusion(noise=UniformNoise())
-    value, slope = jax.jit(
-        jax.value_and_grad(lambda p: bound.loss(model, p, BATCH, jax.random.key(2))[0])
-    )(params)
-    assert np.isfinite(value)
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(slope))
+    objective, key = Diffusion(noise=noise), jax.random.key(2)
+    noisy = jax.jit(partial(objective.draw, model))(BATCH, key).rows.noisy
+    shown, times, weights = (np.asarray(x[:, 0]) for x in noisy)
+    places = [(r, i) for r in range(2) for i in learnt(r)]
+    flat = noise.weighting == "flat"
+
+    def reference(params) -> float:
+        logits = scores(model, params, shown, BlockMask.bidirectional(L), lengths=LENGTHS)
+        if mask_id is not None:
+            logits = logits.at[..., mask_id].set(-jnp.inf)
+        total = 0.0
+        for at in places:
+            if flat:
+                assert weights[at] == 1
+                total += nats_of(logits[at], TOKENS[at], mask_id is not None)
+            else:
+                one = noise.score(logits[at], *(jnp.asarray(x[at]) for x in (TOKENS, shown, times)))
+                total -= float(weights[at] * one)
+        return total / len(places)
+
+    check_slope(lambda p: objective.loss(model, p, BATCH, key)[0], reference, params)
 
 
 @pytest.mark.slow

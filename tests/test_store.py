@@ -219,6 +219,19 @@ def test_characters_that_are_unknown_are_counted(tmp_path):
     assert facts["splits"]["train"]["unknown"] == 2
 
 
+def test_bytes_that_a_vocabulary_drops_are_counted(tmp_path, tokenizer):
+    """SmolLM2's has no token for some control characters, and none for what it does not know."""
+    found = Tokenizer.load("smollm2-135m-instruct")
+    assert not tokenizer.lost_bytes
+    for code in range(256):
+        text = chr(code)  # of one byte, or of two
+        lost = sum(byte in found.lost_bytes for byte in text.encode())
+        assert (found.decode(found.encode(text)) != text) == bool(lost)
+    facts = tokenise(["a\x04b\x04", "hello é", "\x04"], found, tmp_path / "s")
+    assert facts["splits"]["train"]["unknown"] == 2
+    assert facts["report"]["troubles"].keys() == {"no token (the vocabulary lacks every character)"}
+
+
 def test_files_are_tokenised_once(tmp_path, tokenizer, monkeypatch):
     file = tmp_path / "some.jsonl"
     file.write_text('{"text": "one"}\n{broken\n{"text": "two"}\n')

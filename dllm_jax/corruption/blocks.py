@@ -19,6 +19,7 @@ class NoisyBlocks(NamedTuple):
     targets: jax.Array  # int32[B, Q]: what the output should be (shifted: the next token)
     weights: jax.Array  # float32[B, Q]: 0 where there is nothing to learn
     whole: jax.Array  # bool[B, Q]: entries of blocks that are all masks
+    times: jax.Array  # float32[B, Q]: the probability of a mask in the entry's block
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,4 +90,5 @@ class MaskedBlocks:
             targets=flat(at(positions + 1)),
             weights=flat(weights),
             whole=flat(whole),
+            times=flat(jnp.where(whole, 1.0, level)),
         )

@@ -238,7 +238,7 @@ def _written(
                     documents.report.trouble(found, document.place)
                 else:
                     name = SPLITS[held_out(document, heldout)]
-                    splits[name].add(found, unknown)
+                    splits[name].add(found, unknown, bytes(tokenizer.lost_bytes))
     return {name: split.counts for name, split in splits.items()}
 
 
@@ -253,7 +253,7 @@ class _Split(contextlib.AbstractContextManager):
         fields = ("documents", "tokens", "learnt", "characters", "bytes", "unknown")
         self.counts = dict.fromkeys(fields, 0)
 
-    def add(self, found: _Encoded, unknown: int | None) -> None:
+    def add(self, found: _Encoded, unknown: int | None, lost: bytes) -> None:
         ids = np.asarray(found.tokens, self.dtype)
         self.tokens.write(ids.tobytes())
         if self.given is not None:
@@ -266,7 +266,9 @@ class _Split(contextlib.AbstractContextManager):
         counts["tokens"] += len(ids)
         counts["learnt"] += sum(end - begin for begin, end in found.learnt)
         counts["characters"] += sum(map(len, found.texts))
-        counts["bytes"] += sum(len(text.encode()) for text in found.texts)
+        for text in map(str.encode, found.texts):
+            counts["bytes"] += len(text)
+            counts["unknown"] += len(text) - len(text.translate(None, lost)) if lost else 0
         if unknown is not None:
             counts["unknown"] += int((ids == unknown).sum())
         for column, value in zip(self.index, (counts["tokens"], found.prompt), strict=True):

@@ -12,18 +12,18 @@ from dllm_jax.losses import views
 from dllm_jax.losses.objective import (
     Drawn,
     answers,
+    by_level,
     check_packed,
     check_whole_blocks,
     follows,
     learnable,
+    level_figures,
 )
 from dllm_jax.nn.head import cross_entropy_of, mask_in_vocabulary, over_vocabulary, stats_of
 from dllm_jax.nn.transformer import forward
 from dllm_jax.sharding import automatic, placed
 from dllm_jax.typing import Key, Params
 from pallas_kernels import BlockMask
-
-LEVELS = 4  # parts of [0, 1] of noise levels that figures tell apart
 
 
 class Rows(NamedTuple):
@@ -194,7 +194,7 @@ class Diffusion:
         share = jnp.broadcast_to(1 / jnp.maximum(divisor, 1), (rows,)).astype(jnp.float32)
         totals = {
             "learnt": learnt.sum(),  # 0: the figure is NaN, here and below
-            "levels": jnp.array([x.sum() for x in _by_level(noisy)]),
+            "levels": jnp.array([x.sum() for x in by_level(learnt, noisy.times)]),
         }
         if self.ar_weight:
             totals["scored"] = jnp.maximum(answers(batch).sum(), 1)
@@ -249,8 +249,7 @@ class Diffusion:
             "accuracy": right.sum() / totals["learnt"],
             "tokens": scored.sum().astype(jnp.float32),
         }
-        for i, here in enumerate(_by_level(noisy)):
-            figures[f"level_{i}"] = jnp.where(here, nats, 0.0).sum() / totals["levels"][i]
+        figures |= level_figures(nats, by_level(learnt, noisy.times), totals["levels"])
         if self.confidence_weight:
             assert entropy is not None
             some = jnp.maximum(totals["learnt"], 1)
@@ -371,9 +370,3 @@ def check(config: Any, noise: Noise) -> None:
             f"block_size={noise.block_size}: a bidirectional model restores the whole text (0), a"
             f" causal or block-causal one block after block; this one is {config.attention}"
         )
-
-
-def _by_level(noisy: NoisyText) -> list[Bool[Array, "B N Q"]]:
-    """The learnt entries of each of `LEVELS` parts of noise levels."""
-    level = jnp.clip(jnp.floor(noisy.times * LEVELS), 0, LEVELS - 1)
-    return [(noisy.weights > 0) & (level == i) for i in range(LEVELS)]

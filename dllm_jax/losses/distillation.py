@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dllm_jax.cache import KVCache
-from dllm_jax.losses.objective import Drawn, learnable
+from dllm_jax.losses.objective import Drawn, by_level, learnable, level_figures
 from dllm_jax.nn.head import logits_of, over_vocabulary, without_mask
 from dllm_jax.nn.transformer import forward
 from dllm_jax.sharding import automatic, placed
@@ -51,8 +51,8 @@ class Distillation:
         """The loss of a batch (`data.batches`), in nats per mask, and figures about it.
 
         Returns:
-          The loss, and the figures `agreement` (masks where both find the same token best) and
-          `tokens` (to be learnt).
+          The loss, and the figures `agreement` (masks where both find the same token best),
+          `level_0`, ... (mean nats of masks by their block's share) and `tokens` (to be learnt).
 
         Raises:
           ValueError: the model is not bidirectional, or has no adapter of its own for the student.
@@ -89,7 +89,9 @@ class Distillation:
         behind = jnp.arange(length) >= batch["lengths"][:, None]
         noisy = jnp.where(masked | behind, model.config.mask_id, tokens)
         weights = jnp.where(masked, 1 / share, 0.0)
-        return Drawn(Rows(batch, noisy, weights), {"masks": jnp.maximum(masked.sum(), 1)})
+        levels = jnp.array([x.sum() for x in by_level(masked, share)])
+        totals = {"masks": jnp.maximum(masked.sum(), 1), "levels": levels}
+        return Drawn(Rows(batch, noisy, weights), totals)
 
     def score(
         self, model: Any, params: Params, drawn: Drawn
@@ -111,7 +113,9 @@ class Distillation:
 
         nats, same = over_vocabulary(model, params, one, own, told)
         masked = weights > 0
+        levels = by_level(masked, 1 / jnp.where(masked, weights, 1.0))
         figures = {
+            **level_figures(nats, levels, drawn.totals["levels"]),
             "agreement": (same & masked).sum() / total,
             "tokens": learnable(batch).sum().astype(jnp.float32),
         }

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 from dllm_jax.cache import KVCache
 from dllm_jax.corruption import MaskedBlocks, NoisyBlocks
-from dllm_jax.losses.objective import Drawn, answers
+from dllm_jax.losses.objective import Drawn, answers, by_level, learnable, level_figures
 from dllm_jax.nn.head import cross_entropy_of
 from dllm_jax.nn.transformer import Transformer, forward
 from dllm_jax.sharding import automatic, placed
@@ -59,7 +59,8 @@ class DualStream:
           The loss in nats per learnt token, and a dict of scalars: `diffusion` (its noisy part),
           `ar` (when weighted), and for the blocks that are all masks `accuracy_0`, `accuracy_1`,
           ... by place in the block, and `accepted`, the expected number of drafts that a greedy
-          check would pass. They are NaN where there are no such blocks.
+          check would pass. They are NaN where there are no such blocks. Also `level_0`, ..., the
+          mean nats of noisy entries by noise level, and `tokens` (to be learnt), as of `Diffusion`.
 
         Raises:
           ValueError: the model is not causal, its outputs are not shifted, it has no mask token, or
@@ -105,6 +106,7 @@ class DualStream:
         totals = {
             "learnt": jnp.maximum(noisy.weights.sum(), 1.0),
             "counted": self._counted(noisy).sum(axis=0),  # 0: the figure is NaN
+            "levels": jnp.array([x.sum() for x in by_level(noisy.weights > 0, noisy.times)]),
         }
         if self.ar_weight:
             totals["scored"] = jnp.maximum(answers(batch).sum(), 1)
@@ -135,7 +137,12 @@ class DualStream:
         )
         nats, best = cross_entropy_of(model, params, out.hidden, noisy.targets)
         loss = diffusion = (nats * noisy.weights).sum() / totals["learnt"]
-        figures = {"diffusion": diffusion, **self._drafts(best, noisy, totals["counted"])}
+        levels = by_level(noisy.weights > 0, noisy.times)
+        figures = {
+            "diffusion": diffusion, **self._drafts(best, noisy, totals["counted"]),
+            **level_figures(nats, levels, totals["levels"]),
+            "tokens": learnable(batch).sum().astype(jnp.float32),
+        }  # fmt: skip
         if self.ar_weight:
             nats, _ = cross_entropy_of(model, params, clean.hidden[:, :-1], tokens[:, 1:])
             ar = (nats * answers(batch)).sum() / totals["scored"]

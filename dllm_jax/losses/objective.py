@@ -4,10 +4,12 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from dllm_jax.nn.transformer import Transformer
 from dllm_jax.typing import Key, Params
+
+LEVELS = 4  # parts of [0, 1] of noise levels that figures tell apart
 
 
 @runtime_checkable
@@ -70,3 +72,22 @@ def check_whole_blocks(length: int, size: int) -> None:
 def answers(batch: dict[str, jax.Array]) -> Bool[Array, "B M"]:
     """The places of clean tokens that a causal loss scores: the next one is to be learnt."""
     return (learnable(batch) & follows(batch))[:, 1:]
+
+
+def by_level(learnt: Bool[Array, "..."], times: Float[Array, "..."]) -> list[Bool[Array, "..."]]:
+    """The learnt entries of each of `LEVELS` parts of noise levels."""
+    level = jnp.clip(jnp.floor(times * LEVELS), 0, LEVELS - 1)
+    return [learnt & (level == i) for i in range(LEVELS)]
+
+
+def level_figures(
+    nats: Float[Array, "..."], levels: list[Bool[Array, "..."]], totals: jax.Array
+) -> dict[str, Array]:
+    """`level_0`, ...: the mean nats of each level's entries, NaN where there are none.
+
+    Args:
+      levels: `by_level` of the entries.
+      totals: their numbers in the whole batch.
+    """
+    pairs = enumerate(zip(levels, totals, strict=True))
+    return {f"level_{i}": jnp.where(here, nats, 0.0).sum() / n for i, (here, n) in pairs}
