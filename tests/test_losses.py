@@ -126,7 +126,7 @@ def test_the_loss_is_its_definition(rows):
     np.testing.assert_allclose(found.figures["ar"], np.mean(causal), rtol=1e-5)
     np.testing.assert_allclose(found.loss, diffusion + 0.5 * np.mean(causal), rtol=1e-5)
     assert found.figures["tokens"] == len(causal)
-    assert sum(map(bool, levels)) > 2
+    assert sum(map(bool, levels)) > 1
     for i, each in enumerate(levels):
         expected = np.mean(each) if each else np.nan
         np.testing.assert_allclose(found.figures[f"level_{i}"], expected, rtol=1e-5)
