@@ -6,7 +6,8 @@
     )
     train(config)
 
-A config is a file in `configs/` too, which `dllm-jax train` takes, every field of it an option.
+A config is a file in `configs/` too, which `dllm-jax train` takes; its numbers and names are
+options.
 """
 
 import dataclasses

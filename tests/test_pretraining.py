@@ -232,6 +232,34 @@ def adapt_to(base: Path, run: Path, **fields) -> Adapt:
     return Adapt(**{**given, **fields})
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "d2f",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("blocks", "blocks_lora", "canvas")),
+    ],
+)
+def test_configs_of_adaptation_make_models(base, tmp_path, name: str):
+    """Two steps of each, of a tiny base."""
+    config = load_config(f"{CONFIGS / 'adapt_smollm2.py'}:{name}", Adapt)
+    if name == "d2f":  # its own base was made bidirectional
+        model, params = checkpoint.load(base)
+        model = dataclasses.replace(model.config, attention="bidirectional", mask_id=31).build()
+        base = tmp_path / "canvas"
+        checkpoint.save(base, model, params)
+    parts = tuple(dataclasses.replace(part, until=i + 1) for i, part in enumerate(config.phases))
+    small = dict(data=Counting(), run=tmp_path / "run", model=str(base), mask_id=31, steps=2)
+    adaptation.adapt(dataclasses.replace(config, **small, phases=parts[1:]))
+    model, params = checkpoint.load(tmp_path / "run" / "model")
+    attention = "block_causal" if name.startswith("blocks") else "bidirectional"
+    assert (model.config.attention, model.config.alignment, model.config.adapter) == (
+        attention, "shifted", None,
+    )  # fmt: skip
+    assert model.config.block_size == (16 if name.startswith("blocks") else 1)
+    before = checkpoint.load(base)[1]["layers"]["attention"]["q"]
+    assert not np.array_equal(params["layers"]["attention"]["q"], before)
+
+
 @pytest.mark.slow
 def test_lora_is_merged_into_a_model_that_loads_and_is_exported(base, tmp_path, capsys):
     lora = AdapterConfig(rank=2, gated=False)
