@@ -247,9 +247,10 @@ def test_configs_of_adaptation_make_models(base, tmp_path, name: str):
         model = dataclasses.replace(model.config, attention="bidirectional", mask_id=31).build()
         base = tmp_path / "canvas"
         checkpoint.save(base, model, params)
-    parts = tuple(dataclasses.replace(part, until=i + 1) for i, part in enumerate(config.phases))
+    parts = enumerate(config.phases[1:], 1)
+    parts = tuple(dataclasses.replace(part, until=i) for i, part in parts)
     small = dict(data=Counting(), run=tmp_path / "run", model=str(base), mask_id=31, steps=2)
-    adaptation.adapt(dataclasses.replace(config, **small, phases=parts[1:]))
+    adaptation.adapt(dataclasses.replace(config, **small, phases=parts))
     model, params = checkpoint.load(tmp_path / "run" / "model")
     attention = "block_causal" if name.startswith("blocks") else "bidirectional"
     assert (model.config.attention, model.config.alignment, model.config.adapter) == (
