@@ -194,12 +194,28 @@ def _tuned(
     It is in `<run>/interval-<step>.json`, from which a run goes on.
     """
     path = run / f"interval-{begins}.json"
-    if path.exists():
-        low, high = json.loads(path.read_text())["interval"]
-        noise = dataclasses.replace(objective.noise, beta=low, omega=high)
-        return dataclasses.replace(objective, noise=noise)
-    if int(state.step) > begins:
+    there = distributed.any_process(path.exists())  # all read it, or all take part in finding it
+    if not there and int(state.step) <= begins:
+        return _found(path, count, config, model, params, state, objective, heldout)
+    if not path.exists():
         raise ValueError(f"{path} is lost: what it held cannot be found again; put it back")
+    low, high = json.loads(path.read_text())["interval"]
+    return dataclasses.replace(
+        objective, noise=dataclasses.replace(objective.noise, beta=low, omega=high)
+    )
+
+
+def _found(
+    path: Path,
+    count: int,
+    config: Fit,
+    model: Any,
+    params: Params,
+    state: TrainState,
+    objective: Any,
+    heldout: Source,
+) -> Any:
+    """The objective in the best interval, which `path` keeps."""
     whole = {**params, **trained(state)}
     rows = looked_at(
         model, whole, heldout, config.batch, config.length, seed=config.seed,
@@ -214,6 +230,6 @@ def _tuned(
         "interval": [noise.beta, noise.omega],
         "variances": [[*ends, value] for ends, value in variances.items()],
     }
-    run.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(found, indent=1) + "\n")
     return best
