@@ -467,7 +467,7 @@ def test_phases_that_a_shorter_run_does_not_reach_are_none(base, tmp_path):
 def test_a_signal_in_the_last_step_of_a_phase_ends_the_run(base, tmp_path, monkeypatch, capsys):
     given = []
 
-    def fit(run, config, model, params, state, *rest, evaluations, about, begins):
+    def fit(run, config, model, params, state, *rest, evaluations, about, **_):
         given.append((config, evaluations, about))
         with records.interrupts():
             signal.raise_signal(signal.SIGTERM)
