@@ -175,7 +175,9 @@ def adapt(config: Adapt) -> None:
     state, model = training.fit_phases(
         config.run, _fit(config), config.phases, model, params, state, objective, tx, source,
         heldout, evaluations=pretraining.asked_of(config.evaluations, data), about=about,
-        settings={"architecture": settings, "optimiser": config.optimiser},
+        settings={
+            "architecture": described(settings), "optimiser": described(config.optimiser),
+        },
     )  # fmt: skip
     step = int(state.step)
     gated = settings.adapter is not None and settings.adapter.gated

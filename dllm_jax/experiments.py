@@ -274,11 +274,12 @@ class Bits:
             found.append([x.astype(np.float64) for x in distributed.fetched(tuple(each))])
         nats, spread, *cost = (np.concatenate(each) for each in zip(*found, strict=True))
         count = sum(len(rest) for _, rest in pairs)
-        scale = 1 / math.log(2) / (count * store.characters_per_token)
+        characters = count * store.characters_per_token
+        scale = 1 / math.log(2) / characters
         told = {
             "per_character": float(-nats.sum() * scale),
             "stderr": float(np.sqrt((spread**2).sum()) * scale),
-            "characters": count * store.characters_per_token,
+            "characters": characters,
         }
         if cost:
             told |= {"passes": float(cost[0].mean()), "overhead": float(cost[1].sum() / count)}

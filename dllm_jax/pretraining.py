@@ -35,6 +35,7 @@ from dllm_jax.sharding import shardings
 from dllm_jax.tasks import Examples, Task, solve
 from dllm_jax.tokenizer import Tokenizer
 from dllm_jax.training.feed import mesh_for
+from dllm_jax.training.identity import described
 from dllm_jax.training.loop import Found
 from dllm_jax.typing import Params
 
@@ -305,9 +306,10 @@ def masters(params: Params, names: Collection[str]) -> Params:
     return {name: wide(own) if name in names else own for name, own in params.items()}
 
 
-def settings_of(config: Train) -> dict[str, Any]:
-    """What else a run is of, for its settings.json."""
-    return {"architecture": config.model, "optimiser": config.optimiser, "names": config.names}
+def settings_of(config: Train) -> dict[str, str]:
+    """What else a run is of, in words, for its settings.json."""
+    told = {"architecture": config.model, "optimiser": config.optimiser, "names": config.names}
+    return {name: described(thing) for name, thing in told.items()}
 
 
 def asked_of(evaluations: Mapping[str, Evaluation], data: Data) -> dict[str, Evaluation]:

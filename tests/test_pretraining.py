@@ -373,6 +373,7 @@ def test_a_phase_chooses_its_interval_of_noise(tmp_path, monkeypatch):
 
     def fit(*rest, **given):
         aims.append(rest[5].noise)
+        assert given["settings"]["steps"] == 3  # of all phases
         return training.fit(*rest, **given)
 
     monkeypatch.setattr(phases, "fit", fit)

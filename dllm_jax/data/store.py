@@ -231,6 +231,7 @@ def _written(
             for name in names
         }
         unknown = tokenizer.backend.token_to_id(tokenizer.special.get("unk_token", ""))
+        lost = bytes(tokenizer.lost_bytes)
         for some in _groups(documents):
             for document, found in zip(some, _encoded(some, tokenizer, learn), strict=True):
                 if isinstance(found, str):
@@ -238,7 +239,7 @@ def _written(
                     documents.report.trouble(found, document.place)
                 else:
                     name = SPLITS[held_out(document, heldout)]
-                    splits[name].add(found, unknown, bytes(tokenizer.lost_bytes))
+                    splits[name].add(found, unknown, lost)
     return {name: split.counts for name, split in splits.items()}
 
 

@@ -141,8 +141,8 @@ def fit(
         (`identity.described`), and others do not go on from there. The objective, by default.
       begins: the step from which on the model and the objective are these: losses of before say
         nothing of what is a spike.
-      settings: more to tell people of the run than `config` and `about`, by name: its optimiser,
-        say. All of it goes to settings.json, and to what `config.report` names.
+      settings: more to tell people of the run than `config` and `about`, in words and numbers, by
+        name: its optimiser, say. All goes to settings.json, and to what `config.report` names.
 
     Returns:
       The last state, which is also on disk when any step was made. What it trained is
@@ -193,8 +193,7 @@ def fit(
     about = {"objective": objective} if about is None else about
     own = {name: described(thing) for name, thing in about.items()}
     own |= {"seed": config.seed, **shape, "rows": len(source)}
-    told = {name: described(thing) for name, thing in (settings or {}).items()}
-    told = {**dataclasses.asdict(config), **own, **told}
+    told = {**dataclasses.asdict(config), **own, **(settings or {})}
     folder = absolute(config.checkpoints or run / "checkpoints")
     first, alone = distributed.is_first(), jax.process_count() == 1
     watch = Watch(run, key, stops=stops)

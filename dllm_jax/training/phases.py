@@ -149,6 +149,7 @@ def fit_phases(
     """
     started, own, begins = time.monotonic(), model, 0
     about = {**about, "phases": in_words(phases)}
+    settings = {**(settings or {}), "steps": config.steps}  # of all phases
     listing = listed(phases, config.steps)
     parts = [(part, *of_size(model, objective, part.block_size)) for part in listing]
     if len(source) and source[0].segments is not None:
@@ -196,40 +197,24 @@ def _tuned(
     path = run / f"interval-{begins}.json"
     there = distributed.any_process(path.exists())  # all read it, or all take part in finding it
     if not there and int(state.step) <= begins:
-        return _found(path, count, config, model, params, state, objective, heldout)
+        whole = {**params, **trained(state)}
+        rows = looked_at(
+            model, whole, heldout, config.batch, config.length, seed=config.seed,
+            limit=count * config.batch,
+        )  # fmt: skip
+        with scope(whole):
+            best, variances = least_variance(
+                model, whole, rows, objective=objective, key=jax.random.key(config.seed)
+            )
+        noise = check_interval(best)
+        found = {
+            "interval": [noise.beta, noise.omega],
+            "variances": [[*ends, value] for ends, value in variances.items()],
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(found, indent=1) + "\n")
     if not path.exists():
         raise ValueError(f"{path} is lost: what it held cannot be found again; put it back")
     low, high = json.loads(path.read_text())["interval"]
-    return dataclasses.replace(
-        objective, noise=dataclasses.replace(objective.noise, beta=low, omega=high)
-    )
-
-
-def _found(
-    path: Path,
-    count: int,
-    config: Fit,
-    model: Any,
-    params: Params,
-    state: TrainState,
-    objective: Any,
-    heldout: Source,
-) -> Any:
-    """The objective in the best interval, which `path` keeps."""
-    whole = {**params, **trained(state)}
-    rows = looked_at(
-        model, whole, heldout, config.batch, config.length, seed=config.seed,
-        limit=count * config.batch,
-    )  # fmt: skip
-    with scope(whole):
-        best, variances = least_variance(
-            model, whole, rows, objective=objective, key=jax.random.key(config.seed)
-        )
-    noise = check_interval(best)
-    found = {
-        "interval": [noise.beta, noise.omega],
-        "variances": [[*ends, value] for ends, value in variances.items()],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(found, indent=1) + "\n")
-    return best
+    noise = dataclasses.replace(objective.noise, beta=low, omega=high)
+    return dataclasses.replace(objective, noise=noise)

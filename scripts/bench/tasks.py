@@ -84,9 +84,8 @@ def main(options: Options) -> None:
 
 def check_same(run: Path, config: pretraining.Train, own: dict[str, Any]) -> None:
     """Raises ValueError where the run, or what is held of it, is of other settings."""
-    told = pretraining.settings_of(config)
-    told |= {"data": config.data, "objective": config.objective}
-    wanted = {name: described(thing) for name, thing in told.items()}
+    wanted: dict[str, Any] = pretraining.settings_of(config)
+    wanted |= {"data": described(config.data), "objective": described(config.objective)}
     wanted |= {name: getattr(config.fit, name) for name in ("steps", "batch", "length", "seed")}
     file = run / "settings.json"
     made = json.loads(file.read_text()) if file.exists() else {}
@@ -250,8 +249,7 @@ def table(held: dict[str, Any]) -> str:
         f" {', '.join(commits)}. Runs of an experiment have the same backbone, parameters and"
         " training FLOPs (both streams counted), and rows differ. Accuracy on test questions, ± one"
         " standard error of the questions, or where there are several seeds the deviation between"
-        " them."
-        " Overhead: entries processed for a token of an answer.",
+        " them. Overhead: entries processed for a token of an answer.",
         "",
     ]
     lines += [f"* `{data}`" for data in dict.fromkeys(own["data"] for own in held["runs"].values())]
