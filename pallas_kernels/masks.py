@@ -15,6 +15,7 @@ attention pattern of the field is a choice of these numbers:
     bidirectional           no groups, clean_end = length
     block-causal            no groups, clean_end = the end of i's block
     dual stream             group g sees the clean blocks before it: clean_end = g * stride + offset
+                            (`repeat` groups in turn see the same: g is then g // repeat)
     block-diagonal          no clean entries: the prefix is in a cache
 """
 
@@ -33,11 +34,13 @@ class BlockMask:
     block: int = 0  # entries of one noisy group; 0 when there is no noise
     stride: int = 0  # noisy group g sees the clean entries before g * stride + offset
     offset: int = 0
+    repeat: int = 1  # so many groups in turn see the same: g // repeat in the place of g
 
     def __post_init__(self):
-        if self.clean < 0 or self.clean_block < 1 or self.block < 0:
+        if self.clean < 0 or self.clean_block < 1 or self.block < 0 or self.repeat < 1:
             raise ValueError(
-                f"a mask needs clean >= 0, clean_block >= 1 and block >= 0, got {self}"
+                "a mask needs clean >= 0, clean_block >= 1, block >= 0 and repeat >= 1, got"
+                f" {self}"
             )
 
     @staticmethod
@@ -62,14 +65,21 @@ class BlockMask:
 
     @staticmethod
     def dual_stream(
-        clean: int, block: int, *, stride: int | None = None, offset: int = 0, clean_block: int = 1
+        clean: int,
+        block: int,
+        *,
+        stride: int | None = None,
+        offset: int = 0,
+        clean_block: int = 1,
+        repeat: int = 1,
     ) -> "BlockMask":
         """`[clean ; noisy groups]`: group g sees the clean entries before `g * stride + offset`.
 
         `stride=block, offset=0` (the default) is the training mask of block diffusion (BD3-LM, eq.
         9): each noisy block sees the clean blocks before it. `stride=1, offset=1` drafts behind
         every outcome of a verification (TiDAR, section 3): group g continues the first g + 1 clean
-        entries.
+        entries. `repeat=2` lays two noisy versions of each block beside each other, as
+        complementary masks do (Fast-dLLM v2).
         """
         return BlockMask(
             clean=clean,
@@ -77,6 +87,7 @@ class BlockMask:
             block=block,
             stride=block if stride is None else stride,
             offset=offset,
+            repeat=repeat,
         )
 
     def clean_end(self, index: jax.Array) -> jax.Array:
@@ -84,7 +95,8 @@ class BlockMask:
         own = jnp.minimum((index // self.clean_block + 1) * self.clean_block, self.clean)
         if not self.block:
             return own
-        behind = jnp.minimum(self.group(index) * self.stride + self.offset, self.clean)
+        behind = self.group(index) // self.repeat * self.stride + self.offset
+        behind = jnp.minimum(behind, self.clean)
         return jnp.where(index < self.clean, own, behind)
 
     def group(self, index: jax.Array) -> jax.Array:

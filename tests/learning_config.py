@@ -52,3 +52,7 @@ text_ar, text_tri, text_block_4, text_block_16, text_masked = experiments.text_m
     CorpusData(folder=Path("runs/classics-characters"), length=256, kind="char", vocab_size=128),
     run=Path("runs/learning/text"), flops=2e12, layers=4, dim=64, heads=2, batch=4, **LAST,
 )  # fmt: skip
+text_bpe_ar, _, _, _, text_bpe_masked = experiments.text_modes(
+    CorpusData(folder=Path("runs/classics-bpe"), length=256, vocab_size=4096),
+    run=Path("runs/learning/text-bpe"), flops=4e12, layers=4, dim=64, heads=2, batch=4, **LAST,
+)  # fmt: skip

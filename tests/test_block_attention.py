@@ -164,6 +164,7 @@ MASKS = (
     BlockMask.block_causal(6, 3),
     BlockMask.dual_stream(6, 3),
     BlockMask.dual_stream(3, 3, stride=0, offset=3),
+    BlockMask.dual_stream(6, 3, repeat=2),
     BlockMask.block_diagonal(3),
 )
 
@@ -199,7 +200,7 @@ def windowed(mask: BlockMask, entries: int, slots: int, row: dict, window: int) 
 def test_a_window_is_its_definition(mask, cached, window, seed):
     rng = np.random.default_rng(seed)
     batch, heads, kv_heads, size, slots = 2, 2, 1, 4, 9
-    entries = mask.clean + mask.block * (2 if mask.block else 0)
+    entries = mask.clean + mask.block * (2 if mask.block else 0) * mask.repeat
     q, k, v = (
         rng.normal(size=(batch, entries, n, size)).astype(np.float32)
         for n in (heads, kv_heads, kv_heads)

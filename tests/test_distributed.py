@@ -1,6 +1,7 @@
 """Who a process is by its environment, and real processes that train together."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -139,10 +140,10 @@ def local():
     return module
 
 
-def launched(*command: str, **changes: str) -> subprocess.CompletedProcess:
+def launched(*command: str, cwd: Path | None = None, **changes: str) -> subprocess.CompletedProcess:
     """A launch by local.py, seen from outside."""
     return subprocess.run(
-        [sys.executable, str(LAUNCH / "local.py"), *command],
+        [sys.executable, str(LAUNCH / "local.py"), *command], cwd=cwd,
         capture_output=True, text=True, timeout=300, env={**os.environ, **changes},
     )  # fmt: skip
 
@@ -233,6 +234,22 @@ def test_two_processes_stop_together_and_one_goes_on(tmp_path):
     whole = toy_training.fit(alone)
     assert int(whole.step) == 12
     np.testing.assert_allclose(toy_training.losses(run), toy_training.losses(alone), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_choose_an_interval_of_noise_together(tmp_path):
+    """By the command; the variances are those that one process finds."""
+    command = [sys.executable, "-m", "dllm_jax", "train", "tests/toy_config.py:tuned", "--run"]
+    environ = {
+        "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }  # fmt: skip
+    alone = subprocess.run([*command, tmp_path / "one"], cwd=ROOT, env={**os.environ, **environ})
+    both = launched("2", "--", *command, str(tmp_path / "two"), cwd=ROOT, **environ)
+    assert (alone.returncode, both.returncode) == (0, 0), both.stdout
+    files = (tmp_path / run / "interval-2.json" for run in ("one", "two"))
+    one, two = (np.array(json.loads(file.read_text())["variances"]) for file in files)
+    np.testing.assert_allclose(two, one, rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ MASKS = {
     "some blocks": (BlockMask.dual_stream(30, 5), 45),
     "drafts": (BlockMask.dual_stream(6, 3, stride=1, offset=1), 6 + 7 * 3),
     "clean_block": (BlockMask.dual_stream(36, 4, clean_block=4), 72),
+    "two noisy texts": (BlockMask.dual_stream(24, 4, clean_block=4, repeat=2), 72),
 }
 
 
@@ -280,7 +281,9 @@ def listed_steps(mask, entries, window, lengths, segments):
     )
 
 
-@pytest.mark.parametrize(("name", "window"), list(zip(MASKS, [7, 0, 0, 0, 7, 1, 30], strict=True)))
+@pytest.mark.parametrize(
+    ("name", "window"), list(zip(MASKS, [7, 0, 0, 0, 7, 1, 30, 7], strict=True))
+)
 @given(seed=st.integers(0, 999))
 @settings(max_examples=8)
 def test_steps_are_what_is_seen(name, window, seed):

@@ -18,6 +18,7 @@ MASKS = {
     "bidirectional": (BlockMask.bidirectional(9), 9),
     "block_causal": (BlockMask.block_causal(10, 3), 10),
     "dual_stream": (BlockMask.dual_stream(12, 4, clean_block=4), 24),
+    "two noisy texts": (BlockMask.dual_stream(8, 4, repeat=2), 24),
     "drafts": (BlockMask.dual_stream(4, 3, stride=1, offset=1), 16),
     "block_diagonal": (BlockMask.block_diagonal(3), 9),
 }

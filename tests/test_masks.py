@@ -17,17 +17,18 @@ def brute(mask: BlockMask, length: int) -> np.ndarray:
                 allow[q, k] = k < end
             else:
                 group = (q - mask.clean) // mask.block
-                behind = min(group * mask.stride + mask.offset, mask.clean)
+                behind = min(group // mask.repeat * mask.stride + mask.offset, mask.clean)
                 same = k >= mask.clean and (k - mask.clean) // mask.block == group
                 allow[q, k] = (k < behind) or same
     return allow
 
 
 @given(
-    st.integers(1, 9), st.integers(1, 4), st.integers(1, 4), st.integers(0, 3), st.integers(0, 3)
-)
-def test_dual_stream_is_its_definition(clean, block, groups, stride, offset):
-    mask = BlockMask.dual_stream(clean, block, stride=stride, offset=offset)
+    st.integers(1, 9), st.integers(1, 4), st.integers(1, 4), st.integers(0, 3), st.integers(0, 3),
+    st.integers(1, 3),
+)  # fmt: skip
+def test_dual_stream_is_its_definition(clean, block, groups, stride, offset, repeat):
+    mask = BlockMask.dual_stream(clean, block, stride=stride, offset=offset, repeat=repeat)
     length = clean + block * groups
     np.testing.assert_array_equal(mask.dense(length), brute(mask, length))
 

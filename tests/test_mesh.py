@@ -85,6 +85,7 @@ ATTENTION = {
     "bidirectional": (16, BlockMask.bidirectional(16), {"lengths": True}),
     "dual stream": (32, DUAL, {"lengths": True}),
     "window of a dual stream": (32, DUAL, {"window": 5}),
+    "two noisy texts": (48, BlockMask.dual_stream(16, 4, repeat=2), {"lengths": True}),
     "riding block": (18, BlockMask.dual_stream(16, 2, stride=0, offset=16), {"lengths": True}),
     "behind a cache": (16, BlockMask.block_causal(16, 4), {"cache": "rows", "lengths": True}),
     "noise before its text": (16, BlockMask.block_diagonal(4), {"cache": "queries"}),

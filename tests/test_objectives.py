@@ -412,6 +412,42 @@ def test_documents_of_a_row_cost_what_they_cost_alone(attention: str, alignment:
             np.testing.assert_allclose(both, each, rtol=1e-5)
 
 
+@pytest.mark.parametrize("attention", ["block_causal", "causal"])
+@pytest.mark.parametrize("alignment", ["same_position", "shifted"])
+def test_several_noisy_texts_of_packed_documents_share_a_clean_one(attention: str, alignment: str):
+    """Three samples of each token: together, apart, and apart without the segments."""
+    model, params = model_of(attention, alignment)
+    objective = Diffusion(noise=MaskNoise(block_size=T), divide="tokens")
+    rng = np.random.default_rng(0)
+    texts = rng.integers(0, MASK, (2, 4)).astype(np.int32)
+    masks = rng.random((2, 3, 4)) < 0.6
+    weights = masks * rng.random((2, 3, 4), np.float32)
+    if alignment == "shifted":  # nothing predicts a document's first token
+        weights[..., 0] = 0
+    shown = np.where(masks, MASK, texts[:, None])
+    noisy = NoisyText(shown, rng.random((2, 3, 4), np.float32), weights)
+    apart = {
+        "tokens": texts, "lengths": np.full(2, 4), "prompts": np.zeros(2, np.int32),
+        "segments": np.zeros((2, 4), np.int32),
+    }  # fmt: skip
+    together = {
+        "tokens": texts.reshape(1, 8), "lengths": np.array([8]), "prompts": np.zeros(1, np.int32),
+        "segments": np.array([[0] * 4 + [1] * 4]),
+    }  # fmt: skip
+    beside = NoisyText(*(np.moveaxis(x, 0, 1).reshape(1, 3, 8) for x in noisy))
+    plain = {name: x for name, x in apart.items() if name != "segments"}
+
+    @jax.jit
+    def run(params, batch, noisy):
+        return objective.score(model, params, objective.given(model, batch, noisy))[0]
+
+    wanted, slopes = jax.value_and_grad(run)(params, *jax.tree.map(jnp.asarray, (apart, noisy)))
+    for each in ((together, beside), (plain, noisy)):
+        found, own = jax.value_and_grad(run)(params, *jax.tree.map(jnp.asarray, each))
+        np.testing.assert_allclose(found, wanted, rtol=1e-5)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6), own, slopes)
+
+
 def test_a_noise_level_that_no_entry_has_is_no_number():
     """Levels 1 and 3 alone, each in one row: a part without a level adds nothing to its mean."""
     objective, (model, params) = Diffusion(), model_of("bidirectional")

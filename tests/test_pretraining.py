@@ -377,12 +377,8 @@ def test_a_phase_chooses_its_interval_of_noise(tmp_path, monkeypatch):
         return training.fit(*rest, **given)
 
     monkeypatch.setattr(phases, "fit", fit)
-    noise = MaskNoise(block_size=2, counts="independent")
-    parts = (phase(2, 2), training.Phase(until=3, block_size=2, tune=3))
-    config = dataclasses.replace(
-        toy_config.blocks, run=tmp_path, objective=Diffusion(noise=noise), phases=parts,
-        data=dataclasses.replace(toy_config.config.data, heldout=24),
-    )  # fmt: skip
+    config = dataclasses.replace(toy_config.tuned, run=tmp_path)
+    noise = config.objective.noise
     pretraining.train(config)
     file = tmp_path / "interval-2.json"
     found = json.loads(file.read_text())
@@ -399,7 +395,7 @@ def test_a_phase_chooses_its_interval_of_noise(tmp_path, monkeypatch):
     for fields, told in (
         (dict(objective=Diffusion(noise=MaskNoise(block_size=2))), "an interval is of"),
         (dict(data=dataclasses.replace(config.data, heldout=0)), "no held-out rows"),
-        (dict(phases=parts[:1]), "tuned on 3 batches"),
+        (dict(phases=config.phases[:1]), "tuned on 3 batches"),
     ):
         with pytest.raises(ValueError, match=told):
             pretraining.train(dataclasses.replace(config, **fields))

@@ -9,7 +9,7 @@ from dllm_jax.losses import Autoregressive, Diffusion
 from dllm_jax.nn.transformer import TransformerConfig
 from dllm_jax.pretraining import TaskAccuracy, TaskData, Train
 from dllm_jax.tasks import Addition
-from dllm_jax.training import Fit, Optimiser
+from dllm_jax.training import Fit, Optimiser, Phase
 
 TASK = Addition(digits=2)
 
@@ -36,3 +36,11 @@ blocks = dataclasses.replace(
     evaluations={},
     recipe=None,
 )  # fmt: skip
+
+_noise = MaskNoise(block_size=2, counts="independent")
+tuned = dataclasses.replace(  # the second phase chooses its interval of noise
+    blocks,
+    data=dataclasses.replace(config.data, heldout=24),
+    objective=Diffusion(noise=_noise),
+    phases=(Phase(until=2, block_size=2), Phase(until=3, block_size=2, tune=3)),
+)

@@ -136,10 +136,7 @@ class Diffusion:
         return automatic(run, placed(), params, batch, key)
 
     def entries(self, batch: int, length: int) -> float:
-        """Positions that a step computes, forward and backward; the clean text's are some.
-
-        Of rows of one document: where there are several a complement has a clean text of its own.
-        """
+        """Positions that a step computes, forward and backward; the clean text's are some."""
         return self._noisy(batch, length) + (batch * length if self.noise.block_size else 0)
 
     def outputs(self, batch: int, length: int) -> float:

@@ -84,27 +84,36 @@ def packed(
 ) -> tuple[Float[Array, "N B L D"], Float[Array, "B L D"]]:
     """As `blocks`, of rows with several documents: what predicts each entry, and clean outputs.
 
-    One pass over `[clean ; noisy]`, for the documents are masks of it. Blocks begin at multiples
-    of their size; two documents in one do not see each other.
+    One pass over `[clean ; noisy]`, for the documents are masks of it; the samples of a block lie
+    beside each other. Blocks begin at multiples of their size; two documents in one do not see each
+    other.
     """
     tokens, segments, lengths = batch["tokens"], batch["segments"], batch["lengths"]
     rows, length = tokens.shape
     count = len(noisy)
+
+    def beside(x: jax.Array) -> jax.Array:  # [N, B, L]
+        return jnp.moveaxis(x.reshape(count, rows, -1, size), 0, 2).reshape(rows, -1)
+
+    def both(clean: jax.Array, noisy: jax.Array) -> jax.Array:
+        return jnp.concatenate([clean, beside(noisy)], axis=1)
+
     clean = size if model.config.attention == "block_causal" else 1
-    both = lambda x, y: jnp.concatenate([jnp.tile(x, (count, 1)), y], axis=1)  # noqa: E731
+    index = jnp.broadcast_to(jnp.arange(length), (rows, length))
+    positions, documents = (both(x, jnp.tile(x, (count, 1, 1))) for x in (index, segments))
     out = forward(
-        model, params, both(tokens, noisy.reshape(-1, length)),
-        mask=BlockMask.dual_stream(length, size, clean_block=clean),
-        positions=jnp.broadcast_to(jnp.tile(jnp.arange(length), 2), (count * rows, 2 * length)),
-        lengths=jnp.tile(lengths, count), segments=both(segments, jnp.tile(segments, (count, 1))),
+        model, params, both(tokens, noisy),
+        mask=BlockMask.dual_stream(length, size, clean_block=clean, repeat=count),
+        positions=positions, lengths=lengths, segments=documents,
     )  # fmt: skip
     own, hidden = out.hidden[:, :length], out.hidden[:, length:]
+    hidden = jnp.moveaxis(hidden.reshape(rows, -1, count, size, hidden.shape[-1]), 2, 1)
+    hidden = hidden.reshape(rows, count, length, -1)
     if model.config.alignment == "shifted":
         begins = jnp.arange(length // size) * size
         last = own[:, jnp.maximum(begins - 1, 0)]
-        first = jnp.broadcast_to(begins == 0, last.shape[:2])
-        hidden = _shifted(hidden[:, None], last, first, size)[:, 0]
-    return hidden.reshape(count, rows, length, -1), own[:rows]
+        hidden = _shifted(hidden, last, jnp.broadcast_to(begins == 0, last.shape[:2]), size)
+    return jnp.moveaxis(hidden, 1, 0), own
 
 
 def _shifted(

@@ -55,7 +55,7 @@ def seen(mask: BlockMask, entries: int, window: int = 0) -> tuple[np.ndarray, np
     end = np.minimum((index // mask.clean_block + 1) * mask.clean_block, mask.clean)
     clean = index < mask.clean
     if mask.block:
-        group = (index - mask.clean) // mask.block
+        group = (index - mask.clean) // mask.block // mask.repeat
         behind = np.minimum(group * mask.stride + mask.offset, mask.clean)
         end = np.where(clean, end, behind)
     first = np.maximum(np.where(clean, index, end) - window + 1, 0) if window else 0 * index

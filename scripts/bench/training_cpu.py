@@ -63,9 +63,11 @@ class Duel:
     """The recipes' own is Muon."""
     threads: int = 2
     turns: int = 8
-    """Of each side."""
+    """Of each side, at least."""
     steps: int = 3
     """Of a turn."""
+    seconds: float = 15.0
+    """Turns go on for so long: short steps need many, where other programs come and go."""
 
 
 def main(config: Duel) -> None:
@@ -132,7 +134,9 @@ def duel(case: Case, config: Duel) -> dict[str, Any]:
                 side(count=2)  # compiles, and warms the optimisers
             seconds: dict[str, list[float]] = {side: [] for side in sides}
             rates = [rate("float32")]
-            for _ in range(config.turns):
+            turns, began = 0, time.monotonic()
+            while turns < config.turns or time.monotonic() - began < config.seconds:
+                turns += 1
                 for side, steps in sides.items():
                     seconds[side] += steps(count=config.steps)["seconds"]
             rates.append(rate("float32"))
