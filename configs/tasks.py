@@ -3,8 +3,8 @@
     dllm-jax train configs/tasks.py:path_star          # masked diffusion
     dllm-jax train configs/tasks.py:path_star_ar       # autoregressive; also _block, _tri
 
-path_star, addition, brackets, repair, recall (512 tokens), recall_4k. Sudoku, Countdown and text
-have files of their own.
+path_star (three paths of three nodes), path_star_5 (five of five), addition, brackets, repair,
+recall (512 tokens), recall_4k. Sudoku, Countdown and text have files of their own.
 """
 
 from pathlib import Path
@@ -13,8 +13,14 @@ from dllm_jax.experiments import LOOKUP, modes
 from dllm_jax.tasks import Addition, Brackets, PathStar, Recall, Repair
 
 path_star, path_star_block, path_star_tri, path_star_ar = modes(
-    PathStar(), canvas=PathStar(layout="canvas"), run=Path("runs/path-star"), flops=2e13, **LOOKUP
-)
+    PathStar(degree=3, path=3, names=10),
+    canvas=PathStar(degree=3, path=3, names=10, layout="canvas"),
+    run=Path("runs/path-star"), flops=8e12, **LOOKUP,
+)  # fmt: skip
+path_star_5, path_star_5_block, path_star_5_tri, path_star_5_ar = modes(
+    PathStar(), canvas=PathStar(layout="canvas"), run=Path("runs/path-star-5"), flops=2e13,
+    **LOOKUP,
+)  # fmt: skip
 # A canvas fills numbers up with zeros, an easier task: masked learns the texts of the others.
 addition, addition_block, addition_tri, addition_ar = modes(
     Addition(), run=Path("runs/addition"), flops=8e12

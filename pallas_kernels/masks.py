@@ -39,8 +39,7 @@ class BlockMask:
     def __post_init__(self):
         if self.clean < 0 or self.clean_block < 1 or self.block < 0 or self.repeat < 1:
             raise ValueError(
-                "a mask needs clean >= 0, clean_block >= 1, block >= 0 and repeat >= 1, got"
-                f" {self}"
+                f"a mask needs clean >= 0, clean_block >= 1, block >= 0 and repeat >= 1, got {self}"
             )
 
     @staticmethod

@@ -31,7 +31,7 @@ SHAPES = {
     "LLaDA-8B, float32": Shape(32, 32, 128, TRAINING, 2 * LENGTH, dtype="float32"),
     "Fast-dLLM v2 7B": Shape(
         28, 4, 128, BlockMask.dual_stream(LENGTH, 32, repeat=2), 3 * LENGTH, packed=True
-    ),  # fmt: skip
+    ),
     "LLaDA2-mini": Shape(16, 4, 128, TRAINING, 2 * LENGTH, ragged=True),
     "DiffusionGemma, sliding": Shape(16, 8, 256, TRAINING, 2 * LENGTH, window=1024, ragged=True),
     "DiffusionGemma, full": Shape(16, 2, 512, TRAINING, 2 * LENGTH),

@@ -42,6 +42,7 @@ RECIPES = {
     "configs/sudoku.py:small": 0.9,
     "configs/countdown.py:three_ar": 0.75,
     "configs/tasks.py:addition": 0.9,
+    "configs/tasks.py:path_star": 0.9,
 }
 
 # Bits a character of held-out prose. By its frequency alone a character costs 4.36, behind the one
@@ -52,8 +53,8 @@ MOST = {
     "text_block_4": 3.1,
     "text_block_16": 3.3,
     "text_masked": 3.3,
-    "text_bpe_ar": 2.2,
-    "text_bpe_masked": 3.3,
+    "text_bpe_ar": 1.9,
+    "text_bpe_masked": 2.5,
 }
 
 
