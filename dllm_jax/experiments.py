@@ -79,6 +79,10 @@ def modes(
     parameters 12% of 256, and with such vectors 2%. Grids need them: of Sudoku 9x9 it solves 97%
     of 128 after 1e13 FLOPs, and without them (and 32 rows a step instead of 8) none.
 
+    Blocks learn one noisy text a row. With its complement beside it (`Diffusion.complementary`, as
+    prose has them) blocks of 4 got 82.8 ± 1.7% of sums instead of 79.4 ± 1.3% and 44.7 ± 2.2% of
+    brackets instead of 40.5 ± 1.6% (8e12 FLOPs, one seed).
+
     Args:
       task: in the layout "prompt".
       run: folder of their folders.
