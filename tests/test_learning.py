@@ -40,6 +40,7 @@ LEAST = {
 RECIPES = {
     "configs/sudoku.py": 0.9,
     "configs/sudoku.py:small": 0.9,
+    "configs/countdown.py:small_ar": 0.4,
     "configs/countdown.py:three_ar": 0.75,
     "configs/tasks.py:addition": 0.9,
     "configs/tasks.py:path_star": 0.9,
