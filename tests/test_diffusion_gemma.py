@@ -282,28 +282,32 @@ def test_bad_configurations_are_named(changes, message):
 # Training
 
 
-def test_a_row_is_told_what_a_first_read_expects():
-    """The objective's loss, against a canvas read once, and twice, by the steps of decoding."""
+def told_rows():
+    """The objective's loss, and a canvas read once, and one twice, by the steps of decoding."""
     model, size, prompt = CONFIG.build(), CONFIG.canvas_length, 3
     draw = np.random.default_rng(1)
     tokens, noise = draw.integers(6, 24, (2, prompt + size)), draw.integers(6, 24, (2, size))
     weights = jnp.asarray(draw.uniform(0.5, 1.0, (2, size)), jnp.float32)
     tokens, noise = jnp.asarray(tokens, jnp.int32), jnp.asarray(noise, jnp.int32)
 
-    nats = []
-    for row, twice in (0, True), (1, False):
-        run = partial(apply, CONFIG, PARAMS)
-        before = run(tokens[row : row + 1, :prompt]).kv
-        kept = append(model.cache(1, 16), before, jnp.full(1, prompt))
-        mask = BlockMask.block_diagonal(size)
-        out = run(noise[row : row + 1], mask=mask, cache=kept)
-        if twice:
-            probs = jax.nn.softmax(logits_of(model, PARAMS, out.hidden))
-            carry = soft_embed(CONFIG, PARAMS, probs)
-            out = run(noise[row : row + 1], mask=mask, cache=kept, carry=carry)
-        logs = jax.nn.log_softmax(logits_of(model, PARAMS, out.hidden)[0])
-        nats.append(-jnp.take_along_axis(logs, tokens[row, prompt:, None], axis=-1)[:, 0])
-    expected = (weights * jnp.stack(nats)).sum() / (2 * size)
+    def reference(params, before):
+        """The first read by parameters of their own, which have no part in the gradient."""
+        nats = []
+        for row, twice in (0, True), (1, False):
+
+            def run(params, row=row, **options):
+                clean = apply(CONFIG, params, tokens[row : row + 1, :prompt]).kv
+                kept = append(model.cache(1, 16), clean, jnp.full(1, prompt))
+                mask = BlockMask.block_diagonal(size)
+                out = apply(CONFIG, params, noise[row : row + 1], mask=mask, cache=kept, **options)
+                return logits_of(model, params, out.hidden)
+
+            carry = {}
+            if twice:
+                carry = dict(carry=soft_embed(CONFIG, before, jax.nn.softmax(run(before))))
+            logs = jax.nn.log_softmax(run(params, **carry)[0])
+            nats.append(-jnp.take_along_axis(logs, tokens[row, prompt:, None], axis=-1)[:, 0])
+        return (weights * jnp.stack(nats)).sum() / (2 * size)
 
     objective = Diffusion(
         noise=UniformNoise(block_size=size, weighting="flat"), divide="learnt",
@@ -314,9 +318,28 @@ def test_a_row_is_told_what_a_first_read_expects():
     batch = {
         "tokens": tokens, "prompts": jnp.full(2, prompt), "lengths": jnp.full(2, prompt + size)
     }  # fmt: skip
-    found = [
-        objective.score(model, PARAMS, objective.given(model, batch, noisy, jnp.array(told)))[0]
-        for told in ([True, False], [False, False])
-    ]
-    np.testing.assert_allclose(found[0], expected, rtol=1e-5)
-    assert abs(found[1] - found[0]) > 1e-3 * abs(found[0])
+
+    def loss(params, told=(True, False)):
+        drawn = objective.given(model, batch, noisy, jnp.array(told))
+        return objective.score(model, params, drawn)[0]
+
+    return loss, reference
+
+
+def test_a_row_is_told_what_a_first_read_expects():
+    loss, reference = told_rows()
+    found = loss(PARAMS)
+    np.testing.assert_allclose(found, reference(PARAMS, PARAMS), rtol=1e-5)
+    assert abs(loss(PARAMS, (False, False)) - found) > 1e-3 * abs(found)
+
+
+@pytest.mark.slow
+def test_what_a_first_read_expects_has_no_gradient():
+    loss, reference = told_rows()
+    slopes = jax.jit(jax.grad(loss))(PARAMS)
+    wanted = jax.jit(jax.grad(reference))(PARAMS, PARAMS)
+    through = jax.jit(jax.grad(lambda params: reference(params, params)))(PARAMS)
+    same = partial(jax.tree.map, partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6))
+    same(slopes, wanted)
+    with pytest.raises(AssertionError):  # a gradient through the first read would be another
+        same(through, wanted)
