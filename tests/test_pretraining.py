@@ -165,7 +165,7 @@ def test_mistakes_are_told_in_a_line(tmp_path, capsys):
     for line, message in (
         (["train", str(tmp_path / "none.py")], "no file .*none.py; give a Python file"),
         (["train", str(broken)], "exports no Train named config; there are []"),
-        (["train", f"{CONFIG}:third"], "named third; there are ['blocks', 'config']"),
+        (["train", f"{CONFIG}:third"], "named third; there are ['blocks', 'config', 'tuned']"),
         (["adapt", str(CONFIG)], "exports no Adapt named config"),
     ):
         assert main(line) == 2
