@@ -140,10 +140,10 @@ def local():
     return module
 
 
-def launched(*command: str, cwd: Path | None = None, **changes: str) -> subprocess.CompletedProcess:
+def launched(*command: str, **changes: str) -> subprocess.CompletedProcess:
     """A launch by local.py, seen from outside."""
     return subprocess.run(
-        [sys.executable, str(LAUNCH / "local.py"), *command], cwd=cwd,
+        [sys.executable, str(LAUNCH / "local.py"), *command],
         capture_output=True, text=True, timeout=300, env={**os.environ, **changes},
     )  # fmt: skip
 
@@ -239,13 +239,14 @@ def test_two_processes_stop_together_and_one_goes_on(tmp_path):
 @pytest.mark.slow
 def test_two_processes_choose_an_interval_of_noise_together(tmp_path):
     """By the command; the variances are those that one process finds."""
-    command = [sys.executable, "-m", "dllm_jax", "train", "tests/toy_config.py:tuned", "--run"]
+    config = str(ROOT / "tests" / "toy_config.py:tuned")
+    command = [sys.executable, "-m", "dllm_jax", "train", config, "--run"]
     environ = {
         "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }  # fmt: skip
-    alone = subprocess.run([*command, tmp_path / "one"], cwd=ROOT, env={**os.environ, **environ})
-    both = launched("2", "--", *command, str(tmp_path / "two"), cwd=ROOT, **environ)
+    alone = subprocess.run([*command, tmp_path / "one"], env={**os.environ, **environ})
+    both = launched("2", "--", *command, str(tmp_path / "two"), **environ)
     assert (alone.returncode, both.returncode) == (0, 0), both.stdout
     files = (tmp_path / run / "interval-2.json" for run in ("one", "two"))
     one, two = (np.array(json.loads(file.read_text())["variances"]) for file in files)

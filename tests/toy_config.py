@@ -37,10 +37,9 @@ blocks = dataclasses.replace(
     recipe=None,
 )  # fmt: skip
 
-_noise = MaskNoise(block_size=2, counts="independent")
 tuned = dataclasses.replace(  # the second phase chooses its interval of noise
     blocks,
     data=dataclasses.replace(config.data, heldout=24),
-    objective=Diffusion(noise=_noise),
+    objective=Diffusion(noise=MaskNoise(block_size=2, counts="independent")),
     phases=(Phase(until=2, block_size=2), Phase(until=3, block_size=2, tune=3)),
 )

@@ -100,7 +100,7 @@ def packed(
 
     clean = size if model.config.attention == "block_causal" else 1
     index = jnp.broadcast_to(jnp.arange(length), (rows, length))
-    positions, documents = (both(x, jnp.tile(x, (count, 1, 1))) for x in (index, segments))
+    positions, documents = (both(x, jnp.broadcast_to(x, noisy.shape)) for x in (index, segments))
     out = forward(
         model, params, both(tokens, noisy),
         mask=BlockMask.dual_stream(length, size, clean_block=clean, repeat=count),
