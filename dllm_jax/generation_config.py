@@ -8,7 +8,7 @@ import json
 import os
 from pathlib import Path
 
-from dllm_jax import recipes, sources
+from dllm_jax import files, recipes, sources
 from dllm_jax.recipes import Recipe
 
 KEY = "dllm_jax_recipe"
@@ -28,12 +28,7 @@ def save_recipe(folder: str | os.PathLike[str], recipe: Recipe) -> None:
     file = path / _FILE
     settings = sources.read_json(sources.absolute(file)) if file.exists() else {}
     settings[KEY] = recipes.to_dict(recipe)
-    draft = file.with_name(f".{_FILE}.{os.getpid()}")
-    try:
-        draft.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        os.replace(draft, file)
-    finally:
-        draft.unlink(missing_ok=True)
+    files.write(file, json.dumps(settings, indent=2) + "\n")
 
 
 def load_recipe(folder: str | os.PathLike[str]) -> Recipe | None:

@@ -71,7 +71,7 @@ def distil(model: Path, out: Path, **changes) -> None:
 
 def parts(folder: Path) -> dict[str, dict[str, np.ndarray]]:
     """The arrays of every part."""
-    return {path.name: dict(np.load(path)) for path in sorted(folder.glob("*"))}
+    return {path.name: dict(np.load(path)) for path in sorted(folder.glob("*.npz"))}
 
 
 def same(left, right) -> bool:
@@ -121,7 +121,7 @@ def test_only_missing_parts_are_written(model, folder, tmp_path):
     lost, kept = tmp_path / "train-00000.npz", tmp_path / "train-00001.npz"
     lost.unlink()
     before = kept.stat().st_mtime_ns
-    (tmp_path / "train-00000.partial").write_bytes(b"PK")
+    (tmp_path / ".train-00000.npz.1").write_bytes(b"PK")  # of a process that was killed
     distil(model, tmp_path)
     assert kept.stat().st_mtime_ns == before
     assert list(parts(tmp_path)) == [lost.name, kept.name]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dllm_jax import files
 from dllm_jax.data.rows import Row
 
 
@@ -21,12 +22,10 @@ def write_part(path: Path, rows: Sequence[Sequence[int]], prompts: Sequence[int]
         if rows
         else np.zeros(0, np.int32)
     )
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
+    with files.whole(path) as draft, draft.open("wb") as file:
         np.savez_compressed(
             file, tokens=flat, lengths=lengths, prompts=np.asarray(prompts, np.int32)
         )
-    partial.rename(path)
 
 
 class Conversations:

@@ -5,7 +5,6 @@ as hard. Puzzles of one split are no symmetric variants of those of another: the
 what all variants have in common (`signature`).
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -15,7 +14,7 @@ import numpy as np
 from etils import epath
 from rich.progress import track
 
-from dllm_jax import sources
+from dllm_jax import files, sources
 from dllm_jax.data.rows import Row
 from dllm_jax.tasks.grids import BOXES, dig, is_solution, random_grid
 from dllm_jax.tasks.task import (
@@ -188,10 +187,8 @@ def _block(size: int, clues: int | None, split: str, seed: int, block: int) -> n
     made = [dug(size, clues, split, number, seed) for number in numbers]
     puzzles, solved = np.stack([p.clues for p in made]), np.stack([p.solution for p in made])
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f"{path.stem}.{os.getpid()}.partial"  # a crash leaves no half of a file
-    with partial.open("wb") as file:
+    with files.whole(path) as draft, draft.open("wb") as file:
         np.savez_compressed(file, clues=puzzles, solutions=solved)
-    partial.rename(path)
     return np.stack([puzzles, solved])
 
 

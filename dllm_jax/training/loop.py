@@ -28,7 +28,7 @@ import jax
 import numpy as np
 import optax
 
-from dllm_jax import distributed
+from dllm_jax import distributed, files
 from dllm_jax.data import Source, batches
 from dllm_jax.losses import Objective
 from dllm_jax.sharding import EVERY, Rules, scope
@@ -203,7 +203,7 @@ def fit(
         state = extras(_restore(folder, state, data, own))
         done = began = int(state.step)
         if first:
-            records.write_whole(run / "settings.json", json.dumps(told, indent=1) + "\n")
+            files.write(run / "settings.json", json.dumps(told, indent=1) + "\n")
         if done == begins and state.losses is not None:
             state = dataclasses.replace(state, losses=state.losses * float("nan"))
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from dllm_jax import distributed
+from dllm_jax import distributed, files
 from dllm_jax.data import Source
 from dllm_jax.losses import Objective, least_variance
 from dllm_jax.losses.clipping import check_interval
@@ -22,7 +22,7 @@ from dllm_jax.losses.objective import check_whole_blocks
 from dllm_jax.nn.transformer import TransformerConfig
 from dllm_jax.sharding import scope
 from dllm_jax.training.loop import Fit, fit, looked_at
-from dllm_jax.training.records import interrupts, write_whole
+from dllm_jax.training.records import interrupts
 from dllm_jax.training.step import TrainState, trained
 from dllm_jax.typing import Params
 
@@ -212,7 +212,7 @@ def _tuned(
             "variances": [[*ends, value] for ends, value in variances.items()],
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(found, indent=1) + "\n")
+        files.write(path, json.dumps(found, indent=1) + "\n")
     if not path.exists():
         raise ValueError(f"{path} is lost: what it held cannot be found again; put it back")
     low, high = json.loads(path.read_text())["interval"]

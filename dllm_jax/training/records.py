@@ -6,7 +6,6 @@ Of many processes the first writes; on the others these do nothing.
 import contextlib
 import json
 import math
-import os
 import signal
 import threading
 import warnings
@@ -14,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dllm_jax import distributed
+from dllm_jax import distributed, files
 
 
 @contextlib.contextmanager
@@ -48,13 +47,6 @@ class _Asked:
         self.yes = True
 
 
-def write_whole(path: Path, text: str) -> None:
-    """A file, whole or not at all."""
-    draft = path.with_suffix(f".{os.getpid()}")
-    draft.write_text(text)
-    draft.replace(path)
-
-
 @contextlib.contextmanager
 def metrics(path: Path, done: int) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Appends JSON lines; lines of steps that the checkpoint does not know are dropped first."""
@@ -63,7 +55,7 @@ def metrics(path: Path, done: int) -> Iterator[Callable[[dict[str, Any]], None]]
         return
     if path.exists():
         kept = [row for row in read_metrics(path) if row["step"] <= done]
-        write_whole(path, "".join(_line(row) for row in kept))  # a kill here loses no line
+        files.write(path, "".join(_line(row) for row in kept))  # a kill here loses no line
     with path.open("a", buffering=1) as file:
         yield lambda row: print(_line(row), end="", file=file)
 

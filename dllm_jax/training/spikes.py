@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dllm_jax import distributed
+from dllm_jax import distributed, files
 from dllm_jax.typing import Key
 
 
@@ -60,9 +60,8 @@ def save_spike(run: Path, step: int, batch: dict[str, Any], key: Key) -> Path:
     if distributed.is_first():
         noise = np.asarray(jax.random.key_data(jax.random.fold_in(key, step - 1)))
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.with_suffix(".partial").open("wb") as file:
+        with files.whole(path) as draft, draft.open("wb") as file:
             np.savez_compressed(file, **whole, noise=noise)
-        path.with_suffix(".partial").rename(path)
     return path
 
 
