@@ -74,7 +74,7 @@ class Tokenizer:
         A byte that the vocabulary lacks is left out (SmolLM2 lacks some control characters).
         """
         backend = self.backend if special else self._literal
-        return backend.encode(text, add_special_tokens=special).ids
+        return _encoding(backend, text, special)
 
     def encode_all(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
         """Ids of each text, as `encode` gives them; on all cores, so it is for many."""
@@ -121,8 +121,21 @@ class Tokenizer:
           add_generation_prompt: end with the opening of the assistant's turn.
 
         Raises:
-          ValueError: the model has no template, or the template refuses the messages.
+          ValueError: the model has no template, or the template refuses the messages; or a text has
+            half of a surrogate pair.
         """
+        return self.encode_rendered(
+            self.render(messages, system=system, add_generation_prompt=add_generation_prompt)
+        )
+
+    def render(
+        self,
+        messages: str | list[dict[str, Any]],
+        *,
+        system: str | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """The text of a conversation, laid out by the template: what `chat` encodes."""
         if self.template is None:
             raise ValueError(
                 "this model has no chat template: it is a base model, or its folder lacks"
@@ -134,12 +147,15 @@ class Tokenizer:
                 raise ValueError("the messages begin with a system message already; drop `system`")
             turns = [{"role": "system", "content": system}, *turns]
         try:
-            text = _compile(self.template).render(
+            return _compile(self.template).render(
                 messages=turns, add_generation_prompt=add_generation_prompt, **self.special
             )
         except (jinja2.TemplateError, TypeError) as error:  # the second of `tojson`, of a date say
             raise ValueError(f"the chat template refuses these messages: {error}") from error
-        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Ids of (a part of) what `render` gives: control tokens are read, and none is added."""
+        return _encoding(self.backend, text, False)
 
     def token(self, id: int) -> str:
         """The vocabulary's own spelling of an id: "Ġsky" for " sky"."""
@@ -177,6 +193,13 @@ class Tokenizer:
         twin = tokenizers.Tokenizer.from_str(self.backend.to_str())
         twin.encode_special_tokens = True
         return twin
+
+
+def _encoding(backend: tokenizers.Tokenizer, text: str, special: bool) -> list[int]:
+    try:
+        return backend.encode(text, add_special_tokens=special).ids
+    except (TypeError, UnicodeEncodeError) as error:  # whichever `tokenizers` raises
+        raise ValueError("broken characters (half of a surrogate pair)") from error
 
 
 def _byte_letters() -> dict[int, str]:

@@ -381,6 +381,31 @@ def test_given_tokens_are_neither_noised_nor_learnt():
     assert figures["tokens"] == sum(len(learnt(row)) for row in range(2)) - 2
 
 
+@pytest.mark.parametrize(
+    ("attention", "noise"),
+    [
+        ("bidirectional", MaskNoise(counts="independent", beta=1.0)),
+        ("bidirectional", MixedNoise(uniform=0.2)),
+        ("block_causal", MaskNoise(block_size=T, weighting="flat")),
+    ],
+)
+def test_a_mask_token_in_a_text_is_given(attention: str, noise):
+    """It is outside the softmax: its cost would have no lower bound."""
+    model, params = model_of(attention)
+    batch = {**BATCH, "tokens": BATCH["tokens"].at[:, 3].set(MASK)}
+    given = {**batch, "given": jnp.zeros((2, L), bool).at[:, 3].set(True)}
+    objective = Diffusion(noise=noise)
+    (loss, figures), (expected, same) = (
+        cost(objective, model, params, rows, jax.random.key(0)) for rows in (batch, given)
+    )
+    assert 0 < loss == expected
+    assert figures["tokens"] == same["tokens"] == sum(len(learnt(row)) for row in range(2)) - 2
+    inside = Diffusion(noise=noise, predict_mask=True) if attention == "block_causal" else None
+    if inside is not None:  # LLaDA's softmax has it, and it is learnt like any other
+        _, figures = cost(inside, model, params, batch, jax.random.key(0))
+        assert figures["tokens"] == sum(len(learnt(row)) for row in range(2))
+
+
 @pytest.mark.parametrize("attention", ["bidirectional", "block_causal", "causal"])
 @pytest.mark.parametrize("alignment", ["same_position", "shifted"])
 def test_documents_of_a_row_cost_what_they_cost_alone(attention: str, alignment: str):

@@ -89,6 +89,12 @@ def test_other_encodings_and_byte_order_marks(tmp_path):
     documents = read(tmp_path / "cut.txt", encoding="utf-16")
     assert texts(documents) == []
     assert documents.report.left_out == 1
+    (tmp_path / "bare.txt").write_bytes("line\nother\n".encode("utf-16-le"))
+    for name, unit in (("bare", "file"), ("bare", "line"), ("lines", "line")):
+        (tmp_path / "lines.txt").write_bytes("line\nother\n".encode("utf-16"))
+        documents = read(tmp_path / f"{name}.txt", unit=unit)
+        assert texts(documents) == []  # NUL is a character of utf-8
+        assert "NUL characters (another encoding, as utf-16?)" in troubles(documents.report)
     with pytest.raises(ValueError, match=r"utf-99.* is not known"):
         read(tmp_path / "mark.txt", encoding="utf-99")
 
@@ -323,6 +329,11 @@ def test_paths_globs_and_folders(tmp_path, verse):
     (tmp_path / "picture.png").touch()
     assert texts(read(tmp_path / "*.jsonl")) == ["a.jsonl", "b.jsonl"]
     assert texts(read(f"{tmp_path}/**/*.jsonl")) == ["a.jsonl", "b.jsonl", "deep/c.jsonl"]
+    for whole in ("**", "**/*"):  # a folder is not read again for every folder above it
+        assert texts(read(f"{tmp_path}/{whole}", form="text")) == texts(read(tmp_path, form="text"))
+    for hidden in (".checkpoints/a.jsonl", ".b.jsonl"):
+        (tmp_path / hidden).parent.mkdir(exist_ok=True)
+        (tmp_path / hidden).write_bytes(lines({"text": hidden}))
     folder = read(tmp_path)
     assert len(texts(folder)) == 4  # the text too
     unknown = "a file whose name does not tell how to read it"

@@ -168,6 +168,86 @@ def test_what_the_template_does_not_take_is_counted(tmp_path, tokenizer):
     assert not (tmp_path / "t").exists()
 
 
+def learnt(rows, tokenizer) -> list[str]:
+    """What of each row is to be learnt."""
+    found = []
+    for row in rows:
+        given = np.arange(len(row.tokens)) < row.prompt
+        given = given if row.given is None else given | np.asarray(row.given)
+        found.append(tokenizer.decode(np.asarray(row.tokens)[~given], skip_special=False))
+    return found
+
+
+@pytest.mark.parametrize("learn", ["last", "every"])
+def test_an_empty_answer_is_not_learnt(tmp_path, tokenizer, learn):
+    end = [turn("user", "more"), turn("assistant", " \n")]
+    middle = [turn("user", "?"), turn("assistant", ""), *TALK[:2]]
+    facts = tokenise([TALK[:2] + end, middle], tokenizer, tmp_path / "s", learn=learn)
+    expected = {"last": ["A<|im_end|>"], "every": 2 * ["A<|im_end|>"]}[learn]
+    assert learnt(Store(tmp_path / "s"), tokenizer) == expected
+    troubles = {"an empty turn of the assistant": {"count": 1, "places": ["item 0"]}}
+    assert facts["report"]["troubles"] == (troubles if learn == "last" else {})
+
+
+@pytest.mark.parametrize("word", ["<|im_end|>", "<|mask|>"])
+@pytest.mark.parametrize("place", [0, 1])
+def test_no_message_holds_a_control_token(tmp_path, tokenizer, word, place):
+    forged = [dict(message) for message in TALK]
+    forged[place]["content"] += f" {word} "
+    later = [*TALK[:2], turn("user", word)]  # nobody's to learn
+    facts = tokenise([TALK, forged, later, f"a text with {word}"], tokenizer, tmp_path / "s")
+    assert facts["report"]["troubles"] == {
+        "a message holds a mask or an end token": {"count": 1, "places": ["item 1"]}
+    }
+    rows = list(Store(tmp_path / "s"))
+    assert len(rows) == 3
+    mask = tokenizer.mask_id
+    assert all(mask not in row.tokens for row in rows)
+
+
+@pytest.mark.parametrize("learn", ["last", "every"])
+def test_no_token_lies_across_the_start_of_an_answer(tmp_path, learn):
+    merging = train([f"a{3 * chr(10)}b"] * 20, 320, tmp_path / "bpe", chat=True)
+    talks = [
+        [turn("user", "a"), turn("assistant", "\n" * count + "b"), turn("user", "c"),
+         turn("assistant", "\n" * count + "d")]
+        for count in range(4)
+    ]  # fmt: skip
+    across = merging.chat(talks[2][:2], add_generation_prompt=False)
+    prompt = merging.chat(talks[2][:1])
+    assert across[: len(prompt)] != prompt  # it would
+    facts = tokenise(talks, merging, tmp_path / "s", learn=learn)
+    assert not facts["report"]["troubles"]
+    rows = list(Store(tmp_path / "s"))
+    answers = [[breaks + "b<|im_end|>", breaks + "d<|im_end|>"] for breaks in ("", *_breaks(3))]
+    expected = ["".join(both if learn == "every" else both[1:]) for both in answers]
+    assert learnt(rows, merging) == expected
+    for row, talk in zip(rows, talks, strict=True):
+        first = merging.chat(talk[: 1 if learn == "every" else 3])
+        if learn == "every":
+            assert row.tokens[: row.prompt].tolist() == first
+        whole = merging.decode(row.tokens, skip_special=False)
+        assert merging.render(talk, add_generation_prompt=False).startswith(whole)
+
+
+def _breaks(most: int) -> list[str]:
+    return ["\n" * count for count in range(1, most + 1)]
+
+
+def test_a_conversation_that_cannot_be_encoded_is_counted(tmp_path, tokenizer):
+    half = "broken characters (half of a surrogate pair)"
+    items = [
+        TALK, [turn("\ud83d", "x"), *TALK], Document(text="\ud800"), Document(text="text"),
+        Document(messages=({"role": "user"},), place="here"),
+    ]  # fmt: skip
+    facts = tokenise(items, tokenizer, tmp_path / "s")
+    assert facts["report"]["documents"] == 2
+    assert facts["report"]["troubles"] == {
+        half: {"count": 2, "places": ["item 2", "item 1"]},
+        "a message has no content, or one that is not a string": {"count": 1, "places": ["here"]},
+    }
+
+
 def test_messages_with_values_that_json_lacks(tmp_path, tokenizer):
     import dataclasses
 

@@ -337,11 +337,15 @@ def test_names_and_fields_are_checked():
         ("repair", {"rate": 0.3}, "rate=0.3 must be between 0 and 0.25"),
         ("recall", {"context": 10}, "context=10"),
         ("recall", {"context": 4096, "key": 1}, "give longer keys"),
+        ("recall", {"key": 14}, "key=14 must be .* at most 13"),
         ("recall", {"layout": "grid"}, "layout='grid' is none of 'prompt', 'canvas'"),
     ]
     for name, fields, message in wrong:
         with pytest.raises(ValueError, match=message):
             tasks.named(name, **fields)
+    beyond = tasks.named("countdown", numbers=2, largest=9, targets=(100, 200))
+    with pytest.raises(ValueError, match=r"led to none of targets=\(100, 200\)"):
+        beyond.example("train", 0)
 
 
 # Countdown

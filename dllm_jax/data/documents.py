@@ -110,7 +110,10 @@ class Listed:
         for number, item in enumerate(self.items):
             place = f"item {number}"
             if isinstance(item, Document):
-                found: Document | str = item
+                place, chat = item.place or place, item.messages is not None
+                found = (
+                    checked_chat(item.messages, place) if chat else checked_text(item.text, place)
+                )
             elif isinstance(item, str):
                 found = checked_text(item, place)
             elif isinstance(item, Sequence):
@@ -158,9 +161,7 @@ def checked_text(text: Any, place: str) -> Document | str:
         return "the text is not a string"
     if not text.strip():
         return "empty document"
-    if not _encodable(text):
-        return "broken characters (half of a surrogate pair)"
-    return Document(text=text, place=place)
+    return _broken(text) or Document(text=text, place=place)
 
 
 def checked_chat(messages: Any, place: str) -> Document | str:
@@ -172,8 +173,8 @@ def checked_chat(messages: Any, place: str) -> Document | str:
             return "a message has no role"
         if not isinstance(message.get("content"), str):
             return "a message has no content, or one that is not a string"
-        if not _encodable(message["content"]):
-            return "broken characters (half of a surrogate pair)"
+        if broken := _broken(message["content"]):
+            return broken
     answers = [message for message in messages if message["role"] == "assistant"]
     if not any(message["content"].strip() for message in answers):
         return "no turn of an assistant to learn"
@@ -192,9 +193,12 @@ def _spelt(value: Any) -> str:
     raise TypeError(f"a {type(value).__name__} is not of JSON")
 
 
-def _encodable(text: str) -> bool:
+def _broken(text: str) -> str | None:
+    """What no text has, or None."""
+    if "\0" in text:
+        return "NUL characters (another encoding, as utf-16?)"
     try:
         text.encode()
     except UnicodeEncodeError:
-        return False
-    return True
+        return "broken characters (half of a surrogate pair)"
+    return None

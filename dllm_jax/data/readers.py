@@ -48,10 +48,10 @@ def read(
     """The documents of files, in the order of the paths; a glob's or folder's by name.
 
     Args:
-      paths: files, globs ("data/**/*.jsonl"), folders (every file of a known form below them; the
-        report names others), folders that `datasets` saved to disk, or a dataset that `datasets`
-        loads: "hf:NAME:CONFIG@SPLIT#REVISION", or some of it (a revision of the hub, as a commit:
-        without one a name stands for what is there on the day).
+      paths: files, globs ("data/**/*.jsonl"), folders (every file of a known form below them that
+        is not hidden; the report names those of other forms), folders that `datasets` saved to
+        disk, or a dataset that `datasets` loads: "hf:NAME:CONFIG@SPLIT#REVISION", or some of it (a
+        revision of the hub, as a commit: without one a name stands for what is there on the day).
       form: "text", "jsonl", "parquet" or "arrayrecord"; by the end of each name by default.
       unit: what of a text file is one document: all of it, a paragraph (between blank lines), or
         a line.
@@ -146,7 +146,9 @@ def _sources(path: str, form: str | None) -> list[tuple[str, str | None]]:
     if os.path.isdir(path):
         if _saved(path):
             return [(path, "datasets")]
-        inside = sorted(str(p) for p in Path(path).rglob("*") if p.is_file())
+        below = ((p, p.relative_to(path).parts) for p in Path(path).rglob("*"))
+        shown = (p for p, parts in below if not any(part.startswith(".") for part in parts))
+        inside = sorted(str(p) for p in shown if p.is_file())
         found = [(p, form or _form(p)) for p in inside]
         if not any(name for _, name in found):
             raise FileNotFoundError(f"{path} holds no file of a known form ({', '.join(FORMS)})")
@@ -163,7 +165,8 @@ def _sources(path: str, form: str | None) -> list[tuple[str, str | None]]:
     if not matches:
         hint = f"; a dataset of the hub is named {HUB}{path}" if path.count("/") == 1 else ""
         raise FileNotFoundError(f"no file, folder or glob {path!r} (in {os.getcwd()}){hint}")
-    return [source for match in matches for source in _sources(match, form)]
+    found = (source for match in matches for source in _sources(match, form))
+    return list({os.path.normpath(path): (path, form) for path, form in found}.values())
 
 
 def _form(path: str) -> str | None:

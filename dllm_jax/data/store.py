@@ -330,27 +330,55 @@ def _chat(document: Document, tokenizer: Tokenizer, learn: str) -> _Encoded | st
     if learn == "last":
         turns = turns[-1:]
     messages = messages[: turns[-1] + 1]  # what follows the last answer is nobody's to learn
-    spans = []
+    contents = [message["content"] for message in messages]
+    if any(word in content for word in _control(tokenizer) for content in contents):
+        return "a message holds a mask or an end token"
+    ids, done, spans, texts = [], "", [], []
     try:
-        whole = tokenizer.chat(messages, add_generation_prompt=False)
+        whole = tokenizer.render(messages, add_generation_prompt=False)
         for turn in turns:
-            before = tokenizer.chat(messages[:turn])
-            upto = tokenizer.chat(messages[: turn + 1], add_generation_prompt=False)
-            upto = _trimmed(upto, len(before), tokenizer)
-            if whole[: len(upto)] != upto or upto[: len(before)] != before:
+            before = tokenizer.render(messages[:turn])
+            upto = tokenizer.render(messages[: turn + 1], add_generation_prompt=False)
+            begin = len(ids := _grown(ids, done, before, tokenizer))
+            ids = _grown(ids, before, upto, tokenizer)
+            trimmed = _trimmed(ids, begin, tokenizer)
+            if len(trimmed) < len(ids):
+                ids, upto = trimmed, upto.rstrip()
+            if not (whole.startswith(upto) and upto.startswith(before) and before.startswith(done)):
                 return "the template lays a turn out otherwise once others follow"
-            if not upto[len(before) :]:
-                return "an empty turn of the assistant"
-            spans.append((len(before), len(upto)))
+            answer = [token for token in ids[begin:] if token not in tokenizer.eos_ids]
+            if tokenizer.decode(answer, skip_special=False).strip():
+                spans.append((begin, len(ids)))
+                texts.append(messages[turn]["content"])
+            done = upto
     except ValueError as error:
         if tokenizer.template is None:
             raise
         return str(error)
-    ids, texts = whole[: spans[-1][1]], [messages[turn]["content"] for turn in turns]
+    if not spans:
+        return "an empty turn of the assistant"
+    ids = ids[: spans[-1][1]]
     if ids[-1] not in tokenizer.eos_ids:  # a template without an end token
         ids = ids + list(tokenizer.eos_ids[:1])
         spans[-1] = (spans[-1][0], len(ids))
     return _Encoded(ids, spans[0][0], spans, texts)
+
+
+def _grown(ids: list[int], begin: str, text: str, tokenizer: Tokenizer) -> list[int]:
+    """Ids of a text whose beginning has these: a token that would lie across its end is cut there.
+
+    So it is in decoding, where the beginning is given.
+    """
+    whole = tokenizer.encode_rendered(text)
+    if whole[: len(ids)] == ids or not text.startswith(begin):
+        return whole
+    return ids + tokenizer.encode_rendered(text[len(begin) :])
+
+
+def _control(tokenizer: Tokenizer) -> list[str]:
+    """Spellings of the tokens that no message may hold: a text of chats is read with them."""
+    ids = [*tokenizer.eos_ids, *([] if tokenizer.mask_id is None else [tokenizer.mask_id])]
+    return [word for word in map(tokenizer.backend.id_to_token, ids) if word]
 
 
 def _trimmed(ids: list[int], begin: int, tokenizer: Tokenizer) -> list[int]:

@@ -217,6 +217,8 @@ class Diffusion:
         scored = learnable(batch)
         if config.alignment == "shifted":
             scored &= follows(batch)
+        if config.mask_id is not None and not self.predict_mask:
+            scored &= tokens != config.mask_id  # outside the softmax: no cost of it has a bound
         tokens, scored = (jnp.take_along_axis(x, inside, axis=1) for x in (tokens, scored))
         fold = lambda x: x.reshape(rows, count, size)  # noqa: E731
         return _Entries(index, fold(tokens), fold(scored & ~behind), fold(behind))

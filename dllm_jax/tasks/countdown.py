@@ -68,7 +68,7 @@ class Countdown:
         return self.vocabulary.decode(tokens)
 
     def _made(self, draw: np.random.Generator) -> tuple[str, tuple[str, str]]:
-        while True:
+        for _ in range(10_000):
             given = [int(x) for x in draw.integers(1, self.largest, self.numbers, endpoint=True)]
             at_hand, equations = list(given), []
             while len(at_hand) > 1:
@@ -85,6 +85,10 @@ class Countdown:
             if len(at_hand) == 1 and self.targets[0] <= target <= self.targets[1]:
                 question = f"{','.join(map(str, given))}:{target}|"
                 return f"{sorted(given)}:{target}", (question, ",".join(equations))
+        raise ValueError(
+            f"10,000 times numbers={self.numbers} of largest={self.largest} led to none of"
+            f" targets={self.targets}: give targets that they reach"
+        )
 
 
 def result(a: int, sign: str, b: int) -> int | None:

@@ -42,7 +42,7 @@ class Recall:
 
     def __post_init__(self) -> None:
         one_of("layout", self.layout, ("prompt", "canvas"))
-        within("key", self.key, 1)
+        within("key", self.key, 1, 13)  # numbers of 64 bits
         within("value", self.value, 1)
         within("queries", self.queries, 1)
         least = self.queries * (2 * self.key + self.value + 3)
