@@ -356,7 +356,7 @@ def test_figures_that_are_no_number_are_left_out_of_the_metrics(tmp_path):
     assert list(own) == ["step", "look_loss", "look_level_1"]
 
 
-def test_a_signal_asks_those_around_too():
+def test_a_signal_asks_those_around_and_within_too():
     with records.interrupts() as outer:
         with records.interrupts() as inner:
             signal.raise_signal(signal.SIGTERM)
@@ -366,6 +366,9 @@ def test_a_signal_asks_those_around_too():
         with records.interrupts():
             pass
         assert not outer()
+        signal.raise_signal(signal.SIGTERM)
+        with records.interrupts() as inner:
+            assert inner()
 
 
 def test_an_interrupted_run_writes_what_it_has_not_logged(tmp_path):
