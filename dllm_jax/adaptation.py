@@ -136,7 +136,7 @@ def adapt(config: Adapt) -> None:
     Raises:
       ValueError: the settings do not fit the model or each other.
     """
-    first = distributed.is_first()
+    first, fit = distributed.is_first(), _fit(config)
     say = print if first else lambda *_: None
     mesh = mesh_for(
         config.batch, accumulate=config.accumulate, fsdp=config.fsdp, tensor=config.tensor
@@ -166,22 +166,25 @@ def adapt(config: Adapt) -> None:
     about = {
         "data": data, "objective": config.objective or config.noise,
         "model": pretraining.in_words(config.model, settings),
+        "backbone": pretraining.backbone(settings),
     }  # fmt: skip
     model, objective = built(settings, config)
+    gated = settings.adapter is not None and settings.adapter.gated
+    default = config.run / ("adapter" if gated else "model")
+    if not gated:
+        pretraining.check_export(config.export or default, config.run, config.checkpoints)
     if config.family is not None:
         last = listed(config.phases, config.steps)[-1].block_size
         made = of_size(model, objective, last)[0].config
         published_config(dataclasses.replace(made, adapter=None))  # refuses what it cannot say
     state, model = training.fit_phases(
-        config.run, _fit(config), config.phases, model, params, state, objective, tx, source,
+        config.run, fit, config.phases, model, params, state, objective, tx, source,
         heldout, evaluations=pretraining.asked_of(config.evaluations, data), about=about,
         settings={
             "architecture": described(settings), "optimiser": described(config.optimiser),
         },
     )  # fmt: skip
     step = int(state.step)
-    gated = settings.adapter is not None and settings.adapter.gated
-    default = config.run / ("adapter" if gated else "model")
     folder = config.export or (default if step == config.steps else None)
     if folder is None:
         say(f"step {step} of {config.steps}, saved; the same command continues")

@@ -1,7 +1,7 @@
 """Files that are there whole or not at all."""
 
 import contextlib
-import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -17,7 +17,7 @@ def whole(path: P) -> Iterator[P]:
 
     After an error nothing of it stays, and `path` is as it was.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:16]}")  # hosts share disks, and pids
     try:
         yield draft
         draft.replace(path)

@@ -11,6 +11,7 @@ options.
 """
 
 import dataclasses
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -21,17 +22,19 @@ from jax.sharding import Mesh
 from tyro.conf import Fixed, OmitArgPrefixes
 
 from dllm_jax import distributed, training
-from dllm_jax.checkpoint import load, save
+from dllm_jax.checkpoint import load, read_config, save
 from dllm_jax.data import Conversations, Source
 from dllm_jax.decode.generate import generate
 from dllm_jax.generation_config import save_recipe
 from dllm_jax.losses import Objective
+from dllm_jax.models.folders import check_gives_way
 from dllm_jax.nn.dit import DiTConfig
 from dllm_jax.nn.gemma import GemmaConfig
 from dllm_jax.nn.transformer import TransformerConfig
 from dllm_jax.nn.tree import Config, param_axes, param_shapes
 from dllm_jax.recipes import Recipe
 from dllm_jax.sharding import shardings
+from dllm_jax.sources import absolute, resolve
 from dllm_jax.tasks import Examples, Task, solve
 from dllm_jax.tokenizer import Tokenizer
 from dllm_jax.training.feed import mesh_for
@@ -221,6 +224,7 @@ def train(config: Train) -> tuple[Any, Params]:
     """
     say = print if distributed.is_first() else lambda *_: None
     fit = config.fit
+    check_export(config.export or config.run / "model", config.run, fit.checkpoints)
     mesh = mesh_for(fit.batch, accumulate=fit.accumulate, fsdp=config.fsdp, tensor=config.tensor)
     model, params = start(config.model, fit.seed, mesh, config.param_dtype, whole=not config.names)
     model = trained_as(config, model.config).build()
@@ -236,7 +240,7 @@ def train(config: Train) -> tuple[Any, Params]:
     params = {name: own for name, own in params.items() if name not in state.trainable}
     about = {
         "data": config.data, "objective": config.objective,
-        "model": in_words(config.model, model.config),
+        "model": in_words(config.model, model.config), "backbone": backbone(model.config),
     }  # fmt: skip
     state, model = training.fit_phases(
         config.run, fit, config.phases, model, params, state, config.objective, tx, source, heldout,
@@ -271,6 +275,11 @@ def in_words(model: Config | str, settings: Any) -> str:
     return ", ".join([name, *told])
 
 
+def backbone(settings: Any) -> str:
+    """An architecture in words, but for what a run may change on its way."""
+    return described(settings, without=("dtype", "param_dtype", "remat", "max_length"))
+
+
 def start(
     model: Config | str, seed: int, mesh: Mesh | None, param_dtype: str | None, *, whole: bool,
     **options: Any,
@@ -282,7 +291,9 @@ def start(
     if isinstance(model, str):
         if param_dtype is None and whole:
             param_dtype = "float32"  # as `masters`, in one step
-        return load(model, dtype=param_dtype, mesh=mesh, **options)
+        module, params = load(model, dtype=param_dtype, mesh=mesh, **options)
+        own = read_config(resolve(model)).dtype  # of activations: weights alone are wider
+        return dataclasses.replace(module.config, dtype=own).build(), params
     config: Any = model
     if param_dtype is not None:
         config = dataclasses.replace(config, param_dtype=param_dtype)
@@ -319,15 +330,30 @@ def asked_of(evaluations: Mapping[str, Evaluation], data: Data) -> dict[str, Eva
 
 def sources(data: Data) -> tuple[Source, Source | None]:
     """The rows to train on, and those that are held out, where there are any."""
+    heldout = None
     try:
         heldout = data.source("heldout")
-    except FileNotFoundError:
+        found = None if len(heldout) else "the held-out split is empty"
+    except FileNotFoundError as error:
+        found = str(error)
+    if found is not None:
         heldout = None
-    if heldout is not None and not len(heldout):
         if distributed.is_first():
-            print("the held-out split is empty: no held-out loss is measured")
-        heldout = None
+            print(f"{found}: no held-out loss is measured")
     return data.source("train"), heldout
+
+
+def check_export(folder: Path, run: Path, checkpoints: str | None) -> None:
+    """Raises ValueError or FileExistsError where writing a model would take something away."""
+    target = Path(os.path.realpath(folder))
+    for own in (run, Path(checkpoints or run)):
+        found = Path(os.path.realpath(own))
+        if target == found or target in found.parents:
+            raise ValueError(
+                f"export={folder}: a model takes the place of what its folder holds, and this one"
+                f" holds the run ({own}): choose another"
+            )
+    check_gives_way(absolute(folder))
 
 
 def write(

@@ -148,6 +148,15 @@ def test_a_folder_is_not_overwritten_unasked(saved: Path):
     assert [path.name for path in saved.parent.iterdir()] == ["saved"]
 
 
+@pytest.mark.parametrize("there", ["notes.txt", "config.json"])
+def test_a_model_takes_the_place_of_no_other_folder(tmp_path: Path, there: str):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / there).write_text('{"name": "something"}')
+    with pytest.raises(FileExistsError, match="mine is there and holds no model"):
+        save(tmp_path / "mine", Transformer(TINY), random_params(TINY), overwrite=True)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == [there]
+
+
 def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fail(*_, **__):
         raise OSError("disk full")

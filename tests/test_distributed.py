@@ -175,6 +175,40 @@ def test_local_ends_the_others_when_one_fails():
     assert time.monotonic() - start < 100
 
 
+@pytest.mark.slow
+def test_the_command_trains_in_two_processes_and_an_error_of_one_ends_both(tmp_path):
+    (tmp_path / "config.py").write_text("""
+import dataclasses, os
+from pathlib import Path
+from dllm_jax.experiments import modes
+from dllm_jax.tasks import Addition
+whole = modes(Addition(digits=2), run=Path("run"), flops=1e9, layers=1, dim=16, heads=1).ar
+whole = dataclasses.replace(whole, evaluations={})
+
+@dataclasses.dataclass(frozen=True)
+class Half:
+    task: object = None
+
+    def source(self, split):
+        if os.environ["JAX_PROCESS_ID"] == "1":
+            raise OSError("no such disk on this host")
+        return whole.data.source(split)
+
+half = dataclasses.replace(whole, run=Path("half"), data=Half())
+""")
+    train = (sys.executable, "-m", "dllm_jax", "train", f"{tmp_path / 'config.py'}:whole")
+    out = launched("2", "--", *train, "--steps", "3", "--run", str(tmp_path / "run"))
+    assert out.returncode == 0, out.stdout
+    assert "[0] step 3: the model is in" in out.stdout
+    begin = time.monotonic()
+    train = (*train[:-1], f"{tmp_path / 'config.py'}:half")
+    out = launched("2", "--", *train, "--steps", "3", "--run", str(tmp_path / "half"))
+    assert out.returncode == 2
+    assert "[1] dllm-jax: no such disk on this host" in out.stdout
+    assert "process 1 ended with code 2: ending the others" in out.stdout
+    assert time.monotonic() - begin < 90  # an orderly exit waits 100 seconds
+
+
 def test_local_kills_those_that_do_not_listen():
     code = (
         "import os, signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "

@@ -159,6 +159,41 @@ def test_another_config_of_a_file_by_its_name_on_a_mesh(tmp_path):
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
+def test_a_model_is_not_written_over_its_run(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(trained.parent)
+    before = sorted(trained.rglob("*"))
+    own = dataclasses.replace(toy_config.config, run=trained)
+    for folder in (trained, Path(trained.name), trained.parent, Path(".")):
+        with pytest.raises(ValueError, match="this one holds the run"):
+            pretraining.train(dataclasses.replace(own, export=folder))
+    elsewhere = dataclasses.replace(own.fit, checkpoints=str(tmp_path / "saved" / "steps"))
+    with pytest.raises(ValueError, match="this one holds the run"):
+        pretraining.train(
+            dataclasses.replace(own, run=tmp_path / "run", fit=elsewhere, export=tmp_path / "saved")
+        )
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(FileExistsError, match="holds no model"):
+        pretraining.train(dataclasses.replace(own, export=tmp_path))
+    assert sorted(trained.rglob("*")) == before
+
+
+def test_another_architecture_of_the_same_shapes_does_not_go_on(base, tmp_path):
+    """Though other dtypes and longer rows may."""
+    config = dataclasses.replace(toy_config.config, run=tmp_path / "run", evaluations={})
+    pretraining.train(config)
+    other = dataclasses.replace(config.model, rope_theta=123.0)
+    with pytest.raises(ValueError, match=r"started with backbone=.*here it is .*rope_theta=123\.0"):
+        pretraining.train(dataclasses.replace(config, model=other))
+    longer = dataclasses.replace(config.model, max_length=config.model.max_length + 8, remat="full")
+    assert pretraining.backbone(longer) == pretraining.backbone(config.model)
+    adapt = adapt_to(base, tmp_path / "a", adapter=AdapterConfig(rank=2, gated=False), steps=1)
+    adaptation.adapt(adapt)
+    with pytest.raises(ValueError, match="started with backbone="):
+        adaptation.adapt(
+            dataclasses.replace(adapt, adapter=dataclasses.replace(adapt.adapter, alpha=3.0))
+        )
+
+
 def test_mistakes_are_told_in_a_line(tmp_path, capsys):
     broken = tmp_path / "broken.py"
     broken.write_text("config = 3\n")
@@ -199,6 +234,8 @@ def test_a_mesh_takes_what_divides():
     assert mesh_for(1) is None  # of eight devices
     for batch, size in ((3, 3), (4, 4), (6, 6), (14, 7), (24, 8), (22, 2)):
         assert dict(mesh_for(batch).shape)["data"] == size
+    with pytest.raises(ValueError, match="fsdp=0 must be at least 1"):
+        mesh_for(8, fsdp=0)
     mesh = mesh_for(8, accumulate=2, fsdp=2, tensor=2)
     assert {axis: size for axis, size in mesh.shape.items() if size > 1} == {
         "data": 2, "fsdp": 2, "tensor": 2,
@@ -395,6 +432,7 @@ def test_a_phase_chooses_its_interval_of_noise(tmp_path, monkeypatch):
     for fields, told in (
         (dict(objective=Diffusion(noise=MaskNoise(block_size=2))), "an interval is of"),
         (dict(data=dataclasses.replace(config.data, heldout=0)), "no held-out rows"),
+        (dict(data=dataclasses.replace(config.data, heldout=2)), "at least two batches of"),
         (dict(phases=config.phases[:1]), "tuned on 3 batches"),
     ):
         with pytest.raises(ValueError, match=told):
@@ -537,6 +575,17 @@ def test_what_is_trained_of_stored_weights_is_float32(tmp_path, monkeypatch):
         assert found[1] - {"int32"} == {kind}  # steps are counted
 
 
+def test_a_stored_model_computes_as_it_says(tmp_path):
+    model, params = tiny(adapter=False, num_layers=1)
+    stored = dataclasses.replace(model.config, dtype="bfloat16", param_dtype="bfloat16").build()
+    checkpoint.save(tmp_path / "m", stored, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+    for options in (dict(whole=True), dict(whole=False)):
+        model, params = pretraining.start(str(tmp_path / "m"), 0, None, None, **options)
+        assert model.config.dtype == "bfloat16"
+        wide = "float32" if options["whole"] else "bfloat16"
+        assert {x.dtype.name for x in jax.tree.leaves(params)} == {wide}
+
+
 def test_an_accuracy_is_of_the_data_of_its_run():
     more = dataclasses.replace(toy_config.config.data, task=Addition(digits=3))
     (asked,) = pretraining.asked_of(toy_config.config.evaluations, more).values()
@@ -556,6 +605,7 @@ def test_a_run_may_hold_nothing_out(capsys):
     assert "the held-out split is empty" in capsys.readouterr().out
     data = dataclasses.replace(toy_config.config.data, heldout=0)
     assert pretraining.sources(data)[1] is None
+    assert capsys.readouterr().out.startswith("heldout=0: there are no rows of 'heldout'")
 
 
 def test_other_architectures_are_not_adapted(tmp_path):

@@ -7,6 +7,7 @@ import dataclasses
 from functools import cache
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -284,6 +285,18 @@ def test_a_run_keeps_the_average_that_it_began_with(data, whole):
     toy_training.fit(run, steps=1)
     with pytest.raises(ValueError, match="kept no average"):
         training.restore(run, ema=True)
+
+
+def test_a_run_is_given_an_average_and_a_limit_on_its_way(data):
+    run = data / "later"
+    toy_training.fit(run, steps=2)
+    state = toy_training.fit(run, steps=4, ema=0.5, spike=9.0)
+    assert np.isfinite(np.asarray(state.losses)).sum() == 2
+    plain = toy_training.fit(data / "never", steps=4)
+    chex.assert_trees_all_equal(state.trainable, plain.trainable)
+    assert not np.array_equal(state.ema["embed"], state.trainable["embed"])
+    again = toy_training.fit(run, steps=4, ema=0.5, spike=9.0)
+    chex.assert_trees_all_equal(again.ema, state.ema)
 
 
 def test_the_mean_of_checkpoints(data):

@@ -133,7 +133,7 @@ def variants_for(size: int) -> int:
 
 def room() -> int:
     """Bytes that are free on the device; of a CPU's memory, half less what arrays hold."""
-    stats = jax.devices()[0].memory_stats()
+    stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return int(0.95 * stats["bytes_limit"]) - stats["bytes_in_use"]
     whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

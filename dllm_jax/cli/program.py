@@ -84,12 +84,22 @@ def _run(command: Command) -> int:
     except BrokenPipeError:  # `dllm-jax ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         if debug:
             raise
         print(f"dllm-jax: {_one_line(error)}", file=sys.stderr)
+        if _one_of_many():  # an orderly exit would wait for the others, who wait for this one
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(2)
         return 2
     return 0
+
+
+def _one_of_many() -> bool:
+    """Whether this process trains together with others."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
 
 
 def _with_jax() -> ModuleType:

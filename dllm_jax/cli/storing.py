@@ -30,22 +30,19 @@ def _changed(command: Data) -> int | None:
 
 
 def _stored(command: Data) -> dict[str, Any]:
-    try:
-        documents = _documents(command)
-        tokenizer = command.tokenizer
-        if command.train_tokenizer is not None:
-            tokenizer = str(command.out.with_name(f"{command.out.name}-tokenizer"))
-            train_tokenizer(
-                documents, command.train_tokenizer, tokenizer, kind=command.kind,
-                chat=command.chat, heldout=command.heldout, overwrite=command.overwrite,
-            )  # fmt: skip
-        assert tokenizer is not None  # `check` saw to it
-        return tokenise(
-            documents, tokenizer, command.out,
-            heldout=command.heldout, learn=command.learn, overwrite=command.overwrite,
+    documents = _documents(command)
+    tokenizer = command.tokenizer
+    if command.train_tokenizer is not None:
+        tokenizer = str(command.out.with_name(f"{command.out.name}-tokenizer"))
+        train_tokenizer(
+            documents, command.train_tokenizer, tokenizer, kind=command.kind,
+            chat=command.chat, heldout=command.heldout, overwrite=command.overwrite,
         )  # fmt: skip
-    except ImportError as error:  # a package that reads some form: told in one line
-        raise RuntimeError(str(error)) from error
+    assert tokenizer is not None  # `check` saw to it
+    return tokenise(
+        documents, tokenizer, command.out,
+        heldout=command.heldout, learn=command.learn, overwrite=command.overwrite,
+    )  # fmt: skip
 
 
 def _documents(command: Data) -> Documents:

@@ -67,6 +67,22 @@ def check_tree(tree: Any, config: Any, where: str) -> None:
             )
 
 
+def check_gives_way(folder: epath.Path) -> None:
+    """Raises FileExistsError where a folder holds something that is no model: none replaces it."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    file = folder / "config.json"
+    try:
+        said = sources.read_json(file) if file.exists() else {}
+    except ValueError:
+        said = {}
+    if not said.keys() & {"format", "model_type", "architectures"}:
+        raise FileExistsError(
+            f"{folder} is there and holds no model, so none is written over it: choose another"
+            " folder, or move what it holds"
+        )
+
+
 @contextlib.contextmanager
 def whole(folder: epath.Path, overwrite: bool) -> Iterator[epath.Path]:
     """A folder to write in that takes its name when all is written.
@@ -77,6 +93,8 @@ def whole(folder: epath.Path, overwrite: bool) -> Iterator[epath.Path]:
     taken = FileExistsError(f"{folder} exists; choose another folder, or give overwrite=True")
     if not overwrite and folder.exists() and any(folder.iterdir()):
         raise taken
+    if overwrite:
+        check_gives_way(folder)
     if "://" in str(folder):
         yield folder
         return

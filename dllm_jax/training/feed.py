@@ -121,6 +121,9 @@ def mesh_for(batch: int, *, accumulate: int = 1, fsdp: int = 1, tensor: int = 1)
     The batch is split over the devices that `fsdp` and `tensor` leave: all of them, or as many as
     it divides over where one process has them all.
     """
+    for name, value in (("accumulate", accumulate), ("fsdp", fsdp), ("tensor", tensor)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
     devices, split = jax.device_count(), fsdp * tensor
     rows = max(batch // accumulate // fsdp, 1)
     most = min(rows, max(devices // split, 1))

@@ -2,21 +2,28 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 
-def described(thing: Any) -> str:
+def described(thing: Any, without: Collection[str] = ()) -> str:
     """A settings object in words that are the same in every process, and in later versions.
 
     Of a dataclass, the fields that are not as they are by default: one that is added later changes
     no description of an older run. What has an `identity` says itself what it is.
+
+    Args:
+      without: fields of `thing` that are not told.
     """
     kind = type(thing)
     if hasattr(thing, "identity"):
         return f"{kind.__name__}({thing.identity()})"
     if dataclasses.is_dataclass(thing):
-        fields = [f"{f.name}={described(getattr(thing, f.name))}" for f in _changed(thing)]
+        fields = [
+            f"{f.name}={described(getattr(thing, f.name))}"
+            for f in _changed(thing)
+            if f.name not in without
+        ]
         return f"{kind.__name__}({', '.join(fields)})"
     if kind.__repr__ is object.__repr__:  # it would tell an address in memory
         return f"{kind.__name__}()"

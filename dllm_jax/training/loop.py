@@ -150,10 +150,10 @@ def fit(
 
     Raises:
       ValueError: the folder holds a run of other parameters, an optimiser that keeps other things
-        (another learning rate is welcome), another seed, batch, length, number of rows or `about`,
-        or no checkpoint of it can be read; or the batch does not fit the mesh; or, cut at the
-        length, no row has anything to learn. A new number of steps is welcome: the schedule follows
-        it. So is another mesh.
+        (another learning rate is welcome, and `ema` or `spike` that it had not), another seed,
+        batch, length, number of rows or `about`, or no checkpoint of it can be read; or the batch
+        does not fit the mesh; or, cut at the length, no row has anything to learn. A new number of
+        steps is welcome: the schedule follows it. So is another mesh.
       Spike: a step was not applied, and `config.on_spike` is stop; or `WINDOW` one after the other
         were not.
       ModuleNotFoundError: what `config.report` names is not installed.
@@ -364,11 +364,12 @@ def _restore(
     def load(path, step: int) -> tuple[Params, dict[str, Any]]:
         saved, facts = checkpoints.facts_of(path)
         what = f"the checkpoint of step {step} does not fit this run"
-        checkpoints.check(saved, target, what, advice)
+        wanted = {k: x for k, x in target.items() if k in saved or k not in _EXTRAS}
+        checkpoints.check(saved, wanted, what, advice)
         check_same(facts["numbers"], own)
         for leaf in jax.tree.leaves(state):  # make room
             leaf.delete()
-        return checkpoints.read(path, target), facts
+        return checkpoints.read(path, wanted), facts
 
     found = checkpoints.restore_newest(folder, load)
     if found is None:
@@ -380,9 +381,12 @@ def _restore(
     return TrainState(opt_state=moments, **loaded)
 
 
+_EXTRAS = ("ema", "losses")  # what a run may be given on its way (`with_extras`)
+
+
 def _as_dict(state: TrainState) -> Params:
     """Plain containers, the optimiser's leaves in order: a checkpoint outlives its classes."""
-    extras = {"ema": state.ema, "losses": state.losses}
+    extras = {name: getattr(state, name) for name in _EXTRAS}
     return {
         "step": state.step,
         "trainable": state.trainable,
