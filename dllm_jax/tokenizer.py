@@ -199,6 +199,8 @@ def _encoding(backend: tokenizers.Tokenizer, text: str, special: bool) -> list[i
     try:
         return backend.encode(text, add_special_tokens=special).ids
     except (TypeError, UnicodeEncodeError) as error:  # whichever `tokenizers` raises
+        if not isinstance(text, str):
+            raise
         raise ValueError("broken characters (half of a surrogate pair)") from error
 
 
