@@ -292,6 +292,8 @@ def start(
         if param_dtype is None and whole:
             param_dtype = "float32"  # as `masters`, in one step
         module, params = load(model, dtype=param_dtype, mesh=mesh, **options)
+        if param_dtype is None:
+            return module, params
         own = read_config(resolve(model)).dtype  # of activations: weights alone are wider
         return dataclasses.replace(module.config, dtype=own).build(), params
     config: Any = model

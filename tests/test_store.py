@@ -208,10 +208,11 @@ def test_no_message_holds_a_control_token(tmp_path, tokenizer, word, place):
 @pytest.mark.parametrize("learn", ["last", "every"])
 def test_no_token_lies_across_the_start_of_an_answer(tmp_path, learn):
     merging = train([f"a{3 * chr(10)}b"] * 20, 320, tmp_path / "bpe", chat=True)
+    breaks = ["\n" * count for count in range(4)]
     talks = [
-        [turn("user", "a"), turn("assistant", "\n" * count + "b"), turn("user", "c"),
-         turn("assistant", "\n" * count + "d")]
-        for count in range(4)
+        [turn("user", "a"), turn("assistant", some + "b"), turn("user", "c"),
+         turn("assistant", some + "d")]
+        for some in breaks
     ]  # fmt: skip
     across = merging.chat(talks[2][:2], add_generation_prompt=False)
     prompt = merging.chat(talks[2][:1])
@@ -219,19 +220,14 @@ def test_no_token_lies_across_the_start_of_an_answer(tmp_path, learn):
     facts = tokenise(talks, merging, tmp_path / "s", learn=learn)
     assert not facts["report"]["troubles"]
     rows = list(Store(tmp_path / "s"))
-    answers = [[breaks + "b<|im_end|>", breaks + "d<|im_end|>"] for breaks in ("", *_breaks(3))]
+    answers = [[some + "b<|im_end|>", some + "d<|im_end|>"] for some in breaks]
     expected = ["".join(both if learn == "every" else both[1:]) for both in answers]
     assert learnt(rows, merging) == expected
     for row, talk in zip(rows, talks, strict=True):
-        first = merging.chat(talk[: 1 if learn == "every" else 3])
         if learn == "every":
-            assert row.tokens[: row.prompt].tolist() == first
+            assert row.tokens[: row.prompt].tolist() == merging.chat(talk[:1])
         whole = merging.decode(row.tokens, skip_special=False)
         assert merging.render(talk, add_generation_prompt=False).startswith(whole)
-
-
-def _breaks(most: int) -> list[str]:
-    return ["\n" * count for count in range(1, most + 1)]
 
 
 def test_a_conversation_that_cannot_be_encoded_is_counted(tmp_path, tokenizer):

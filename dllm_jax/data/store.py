@@ -349,7 +349,7 @@ def _chat(document: Document, tokenizer: Tokenizer, learn: str) -> _Encoded | st
             answer = [token for token in ids[begin:] if token not in tokenizer.eos_ids]
             if tokenizer.decode(answer, skip_special=False).strip():
                 spans.append((begin, len(ids)))
-                texts.append(messages[turn]["content"])
+                texts.append(contents[turn])
             done = upto
     except ValueError as error:
         if tokenizer.template is None:

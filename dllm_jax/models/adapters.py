@@ -18,7 +18,7 @@ from etils import epath
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from dllm_jax import sources
+from dllm_jax import files, sources
 from dllm_jax.models.tensors import leaves
 from dllm_jax.nn.adapters import AdapterConfig
 from dllm_jax.nn.transformer import TransformerConfig
@@ -67,10 +67,12 @@ def save_adapter(
     }
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path / "adapter.safetensors.tmp")
-    (path / "adapter.json.tmp").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    for name in ("adapter.safetensors", "adapter.json"):
-        os.replace(path / f"{name}.tmp", path / name)
+    with (
+        files.whole(path / "adapter.json") as told,
+        files.whole(path / "adapter.safetensors") as held,
+    ):
+        save_file(tensors, held)  # which takes its name first
+        told.write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
 
 def read_adapter(

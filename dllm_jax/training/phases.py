@@ -156,15 +156,16 @@ def fit_phases(
         for _, _, aim in parts:  # now, not when a phase comes
             check_whole_blocks(config.length, block_size_of(aim) or 0)
     for part, _, aim in parts:
-        if part.tune and heldout is None:
+        if not part.tune:
+            continue
+        if heldout is None:
             raise ValueError(f"tune={part.tune}: there are no held-out rows to choose by")
-        if part.tune and heldout is not None and len(heldout) < 2 * config.batch:
+        if len(heldout) < 2 * config.batch:
             raise ValueError(
                 f"tune={part.tune}: an interval is chosen by at least two batches of {config.batch}"
                 f" held-out rows, and there are {len(heldout)}"
             )
-        if part.tune:
-            check_interval(aim)
+        check_interval(aim)
     with interrupts() as interrupted:  # a signal in the last step of a phase ends the run too
         for part, own, aim in parts:
             if part.tune:

@@ -20,24 +20,21 @@ from dllm_jax import distributed, files
 def interrupts() -> Iterator[Callable[[], bool]]:
     """Turns SIGTERM and SIGINT into a question: the loop ends its step, saves, and leaves.
 
-    Of two, one within the other, each is asked what the other is. Python tells signals to the main
+    One within another is the same question, asked of both. Python tells signals to the main
     thread alone: on another one nothing is asked.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    asked = _Asked()
+    outer = signal.getsignal(signal.SIGTERM)
+    asked = outer if isinstance(outer, _Asked) else _Asked()
     names = (signal.SIGTERM, signal.SIGINT)
     before = {name: signal.signal(name, asked) for name in names}
-    outer = [handler for handler in before.values() if isinstance(handler, _Asked)]
-    asked.yes |= any(handler.yes for handler in outer)
     try:
         yield lambda: asked.yes
     finally:
         for name, handler in before.items():  # None: one that was not set from Python
             signal.signal(name, signal.SIG_DFL if handler is None else handler)
-        for handler in outer:
-            handler.yes |= asked.yes
 
 
 class _Asked:
